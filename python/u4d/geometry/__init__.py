@@ -1,0 +1,1 @@
+"""Cameras, depth, points and alignment: pure functions on torch tensors."""
