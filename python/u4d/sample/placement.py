@@ -1,0 +1,87 @@
+"""Where the frames of a user's scene stand in the clip that the model completes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from u4d.errors import UserError
+from u4d.sample.observation import Observation
+from u4d.scene import Scene
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Frame `kept[k]` of the scene stands at frame `slots[k]` of a clip of `num_frames` frames."""
+
+    kept: Tensor  # [K] int64
+    slots: Tensor  # [K] int64, increasing
+    num_frames: int
+
+
+def place_frames(available: int, wanted: int | None, most: int) -> Placement:
+    """Spread a scene's frames evenly over the model's clip, first on first and last on last.
+
+    A longer scene is sampled; a shorter one leaves frames to generate between its own. One frame alone comes first.
+
+    Args:
+        available: frames of the scene.
+        wanted: frames of the completed clip; None for as many as the scene has, at most `most`.
+        most: frames that the model can complete at once.
+    Raises:
+        UserError: wanted is outside 1..most.
+    """
+    if wanted is None:
+        wanted = min(available, most)
+    if not 1 <= wanted <= most:
+        raise UserError(f"frames: expected 1 to {most} for this checkpoint, got {wanted}")
+    if wanted >= available:
+        return Placement(torch.arange(available), spread(wanted, available), wanted)
+    return Placement(spread(available, wanted), torch.arange(wanted), wanted)
+
+
+def spread(length: int, count: int) -> Tensor:
+    """`count` whole numbers from 0 to length - 1, as evenly as they go."""
+    return torch.linspace(0, length - 1, count, dtype=torch.float64).round().long()
+
+
+def place_observation(observation: Observation, placement: Placement) -> tuple[Observation, list[str]]:
+    """The observation over the clip's frames, and a note for every modality that loses observed frames."""
+    masks, notes = {}, []
+    for name in ("rgb", "depth", "camera"):
+        given: Tensor = getattr(observation, name)
+        mask = torch.zeros(placement.num_frames, dtype=torch.bool)
+        mask[placement.slots] = given[placement.kept]
+        masks[name] = mask
+        lost = int(given.sum() - mask.sum())
+        if lost:
+            notes.append(
+                f"{name}: {lost} of {int(given.sum())} observed frames are left out, "
+                f"since {observation.num_frames} frames are sampled down to {placement.num_frames}"
+            )
+    return Observation(**masks), notes
+
+
+def place_scene(scene: Scene, placement: Placement, image_size: tuple[int, int]) -> Scene:
+    """The scene's frames in their slots at the model's size; empty slots hold black, no depth and an identity camera.
+
+    The values of empty slots are never looked at: nothing there is observed.
+    """
+    if scene.rgb is not None or scene.depth is not None:
+        scene = scene.resized(image_size)
+    scene = scene.frames(placement.kept)
+    empty = {
+        "rgb": torch.zeros(3, *image_size),
+        "depth": torch.zeros(image_size),
+        "intrinsics": torch.eye(3),
+        "cam_to_world": torch.eye(4),
+    }
+    placed = {}
+    for name, blank in empty.items():
+        values = getattr(scene, name)
+        if values is not None:
+            placed[name] = blank.repeat(placement.num_frames, *[1] * blank.ndim)
+            placed[name][placement.slots] = values
+    return Scene(**placed, caption=scene.caption, fps=scene.fps)
