@@ -1,0 +1,5 @@
+"""Reading and making scenes."""
+
+from u4d.data.procedural import ProceduralScenes
+
+__all__ = ["ProceduralScenes"]

@@ -1,0 +1,257 @@
+"""The four-stream diffusion transformer: Wan2.1's video DiT with one set of weights per stream and shared attention.
+
+Parameter names are those of diffusers' `WanTransformer3DModel`; every tensor has one leading stream dimension, so
+taking stream 0 of each gives a Wan checkpoint back. Source: the seed, "Base" and "Initialization"; spec.md section 2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+
+from u4d.diffusion.flow import LATENT_CHANNELS, STREAMS
+from u4d.model.attention import group_attention, rotary_table, rotate
+from u4d.model.motion import MotionFeatures
+from u4d.model.stacked import StackedLayerNorm, StackedLinear, StackedRMSNorm, layer_norm
+from u4d.presets import TransformerConfig, read_config
+
+PATCH = 2
+EPS = 1e-6
+
+
+class Transformer(ModelMixin, ConfigMixin):
+    """Velocity of all four streams at any per-(stream, latent frame) noise level.
+
+    Args:
+        config: sizes, such as `u4d.presets.tiny().transformer`; by default those of Wan2.1-T2V-1.3B.
+    """
+
+    _supports_gradient_checkpointing = True
+    # Lists, not tuples: diffusers silently ignores anything else.
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["time_embedder", "scale_shift_table", "norm2", "motion"]
+
+    def __init__(self, config: TransformerConfig | None = None) -> None:
+        super().__init__()
+        config = config or TransformerConfig()
+        self.register_to_config(**asdict(config))
+        streams, heads = len(STREAMS), config.num_attention_heads
+        width = heads * config.attention_head_dim
+        self.patch_embedding = StackedPatchEmbedding(streams, LATENT_CHANNELS, width)
+        self.condition_embedder = ConditionEmbedder(streams, width, config.freq_dim, config.text_dim)
+        self.blocks = nn.ModuleList(Block(streams, width, config.ffn_dim, heads, EPS) for _ in range(config.num_layers))
+        self.scale_shift_table = nn.Parameter(torch.randn(streams, 1, 2, width) / math.sqrt(width))
+        self.proj_out = StackedLinear(streams, width, LATENT_CHANNELS * PATCH**2)
+        self.start_as_passthrough()
+        self.motion = MotionFeatures(width, LATENT_CHANNELS) if config.motion_features else None
+        self.register_buffer("null_text", torch.zeros(1, config.text_dim))
+        self.gradient_checkpointing = False
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Transformer:
+        """Build from a saved configuration (`config.json`), as diffusers does when it loads a checkpoint.
+
+        Raises:
+            UserError: a field that this version does not know, or a value that makes no sense.
+        """
+        return cls(read_config(TransformerConfig, {**config, **overrides}))
+
+    def forward(
+        self, latents: Tensor, times: Tensor, text: Tensor | None = None, group_mask: Tensor | None = None
+    ) -> Tensor:
+        """Predict the velocity `noise - clean`.
+
+        Args:
+            latents: `[B,4,16,F,h,w]` normalised latents; h and w even.
+            times: `[B,4,F]` noise level of every group in [0,1]; 0 is clean.
+            text: `[B,T,text_dim]` prompt embeddings, or None for the checkpoint's null text.
+            group_mask: bool `[B,4F]` or `[B,4F,4F]`, see `group_attention`.
+        Returns:
+            `[B,4,16,F,h,w]` like latents.
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        self._check(latents, times, text)
+        batch, _, _, frames, height, width = latents.shape
+        rows, columns = height // PATCH, width // PATCH
+        if text is None:
+            text = self.null_text.expand(batch, -1, -1)
+        time, modulation, text = self.condition_embedder(times.transpose(0, 1), text)
+        x = self.patch_embedding(latents)
+        if self.motion is not None:
+            x = torch.cat((x[:1] + self.motion(latents[:, 0], times[:, 0]).type_as(x), x[1:]))
+        table = rotary_table(frames, rows, columns, self.config.attention_head_dim, latents.device)
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, modulation, text, table, group_mask)
+            else:
+                x = block(x, modulation, text, table, group_mask)
+        shift, scale = (self.scale_shift_table[:, None] + time[..., None, :]).unbind(-2)
+        x = self.proj_out(modulate(x, shift, scale, EPS))
+        patches = x.reshape(len(STREAMS), batch, frames, rows, columns, PATCH, PATCH, -1)
+        return patches.permute(1, 0, 7, 2, 3, 5, 4, 6).reshape(latents.shape)
+
+    @torch.no_grad()
+    def start_as_passthrough(self) -> None:
+        """Let an untrained head return the noisy latents: the best constant guess of a velocity at t = 1."""
+        embedding = self.patch_embedding.weight.permute(0, 1, 3, 4, 5, 2).flatten(2)
+        self.proj_out.weight.copy_(torch.linalg.pinv(embedding.float()))
+
+    def _check(self, latents: Tensor, times: Tensor, text: Tensor | None) -> None:
+        channels, text_dim = LATENT_CHANNELS, self.config.text_dim
+        shape = tuple(latents.shape)
+        if len(shape) != 6 or shape[1:3] != (len(STREAMS), channels) or shape[4] % PATCH or shape[5] % PATCH:
+            raise ValueError(f"latents: expected [B,4,{channels},F,h,w] with even h and w, got {list(shape)}")
+        if tuple(times.shape) != (shape[0], shape[1], shape[3]):
+            raise ValueError(f"times: expected [B,4,F] = {[shape[0], 4, shape[3]]}, got {list(times.shape)}")
+        if text is not None and (text.ndim != 3 or text.shape[0] != shape[0] or text.shape[2] != text_dim):
+            raise ValueError(f"text: expected [B,T,{text_dim}] with B = {shape[0]}, got {list(text.shape)}")
+
+
+class StackedPatchEmbedding(nn.Module):
+    """Wan's strided Conv3d over [1,2,2] patches, one per stream: weight `[S,D,C,1,2,2]`."""
+
+    def __init__(self, streams: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(streams, width, channels, 1, PATCH, PATCH))
+        self.bias = nn.Parameter(torch.zeros(streams, width))
+        nn.init.normal_(self.weight, std=1 / math.sqrt(channels * PATCH**2))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """`[B,S,C,F,h,w]` -> `[S,B,F*P,D]`."""
+        batch, streams, channels, frames, height, width = latents.shape
+        patches = latents.reshape(batch, streams, channels, frames, height // PATCH, PATCH, width // PATCH, PATCH)
+        patches = patches.permute(1, 0, 3, 4, 6, 2, 5, 7).reshape(streams, -1, channels * PATCH**2)
+        embedded = torch.baddbmm(self.bias[:, None], patches, self.weight.flatten(2).transpose(1, 2))
+        return embedded.unflatten(1, (batch, -1))
+
+
+class ConditionEmbedder(nn.Module):
+    """Time and text embeddings of every stream, under the names of diffusers' `WanTimeTextImageEmbedding`."""
+
+    def __init__(self, streams: int, width: int, freq_dim: int, text_dim: int) -> None:
+        super().__init__()
+        self.freq_dim = freq_dim
+        self.time_embedder = StackedMLP(streams, freq_dim, width, width)
+        self.time_proj = StackedLinear(streams, width, 6 * width)
+        self.text_embedder = StackedMLP(streams, text_dim, width, width)
+
+    def forward(self, times: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`[S,B,F]`, `[B,T,text_dim]` -> time `[S,B,F,D]`, modulation `[S,B,F,6,D]`, text `[S,B,T,D]`."""
+        half = self.freq_dim // 2
+        frequency = torch.exp(-math.log(10000) / half * torch.arange(half, device=times.device))
+        angle = 1000 * times.float()[..., None] * frequency
+        waves = torch.cat((angle.cos(), angle.sin()), dim=-1)
+        time = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype), silu)
+        modulation = self.time_proj(silu(time).to(self.time_proj.weight.dtype)).unflatten(-1, (6, -1))
+        streams = self.time_proj.weight.shape[0]
+        embedded = self.text_embedder(text.expand(streams, -1, -1, -1), lambda x: gelu(x, approximate="tanh"))
+        return time, modulation, embedded
+
+
+class StackedMLP(nn.Module):
+    """Two stacked linear layers with an activation between them."""
+
+    def __init__(self, streams: int, in_features: int, hidden: int, out_features: int) -> None:
+        super().__init__()
+        self.linear_1 = StackedLinear(streams, in_features, hidden)
+        self.linear_2 = StackedLinear(streams, hidden, out_features)
+
+    def forward(self, x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.linear_2(activation(self.linear_1(x)))
+
+
+class Block(nn.Module):
+    """Self-attention over all streams, cross-attention to text, feed-forward; all weights are per stream."""
+
+    def __init__(self, streams: int, width: int, ffn_dim: int, heads: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.attn1 = Attention(streams, width, heads, eps)
+        self.attn2 = Attention(streams, width, heads, eps)
+        self.norm2 = StackedLayerNorm(streams, width, eps)
+        self.ffn = FeedForward(streams, width, ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(streams, 1, 6, width) / math.sqrt(width))
+
+    def forward(
+        self, x: Tensor, modulation: Tensor, text: Tensor, table: tuple[Tensor, Tensor], group_mask: Tensor | None
+    ) -> Tensor:
+        """`[S,B,T,D]` -> `[S,B,T,D]`; modulation `[S,B,F,6,D]`, text `[S,B,L,D]`."""
+        parts = (self.scale_shift_table[:, None] + modulation.float()).unbind(-2)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
+        frames = modulation.shape[2]
+        x = gated(x, self.attn1.over_streams(modulate(x, shift, scale, self.eps), table, frames, group_mask), gate)
+        x = x + self.attn2.to_text(self.norm2(x), text)
+        return gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale, self.eps)), ffn_gate)
+
+
+class Attention(nn.Module):
+    """Projections of one attention; Wan uses the same module for self- and cross-attention."""
+
+    def __init__(self, streams: int, width: int, heads: int, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = StackedLinear(streams, width, width)
+        self.to_k = StackedLinear(streams, width, width)
+        self.to_v = StackedLinear(streams, width, width)
+        self.to_out = nn.ModuleList([StackedLinear(streams, width, width)])
+        self.norm_q = StackedRMSNorm(streams, width, eps)
+        self.norm_k = StackedRMSNorm(streams, width, eps)
+
+    def over_streams(self, x: Tensor, table: tuple[Tensor, Tensor], frames: int, group_mask: Tensor | None) -> Tensor:
+        """Every token of every stream attends to every other: `[S,B,T,D]` -> `[S,B,T,D]`."""
+        streams, _, tokens, _ = x.shape
+        q = rotate(self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1)), table)
+        k = rotate(self.norm_k(self.to_k(x)).unflatten(-1, (self.heads, -1)), table)
+        v = self.to_v(x).unflatten(-1, (self.heads, -1))
+        q, k, v = (part.permute(1, 3, 0, 2, 4).flatten(2, 3) for part in (q, k, v))
+        attended = group_attention(q, k, v, tokens // frames, group_mask)
+        return self.to_out[0](attended.unflatten(2, (streams, tokens)).permute(2, 0, 3, 1, 4).flatten(-2))
+
+    def to_text(self, x: Tensor, text: Tensor) -> Tensor:
+        """Every token attends to its stream's text tokens: `[S,B,T,D]`, `[S,B,L,D]` -> `[S,B,T,D]`."""
+        value = self.to_v(text)
+        if text.shape[2] == 1:  # softmax over one key is 1: no query is needed
+            return self.to_out[0](value)
+        q = self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))
+        k = self.norm_k(self.to_k(text)).unflatten(-1, (self.heads, -1))
+        v = value.unflatten(-1, (self.heads, -1))
+        q, k, v = (part.transpose(2, 3).flatten(0, 1) for part in (q, k, v))
+        attended = group_attention(q, k, v, 1)
+        return self.to_out[0](attended.transpose(1, 2).flatten(-2).unflatten(0, x.shape[:2]))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a tanh GELU; names as in diffusers (`net.0.proj`, `net.2`)."""
+
+    def __init__(self, streams: int, width: int, hidden: int) -> None:
+        super().__init__()
+        first = nn.Module()
+        first.proj = StackedLinear(streams, width, hidden)
+        self.net = nn.ModuleList([first, nn.Identity(), StackedLinear(streams, hidden, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](gelu(self.net[0].proj(x), approximate="tanh"))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Layer norm, then scale and shift per (stream, clip, latent frame).
+
+    x `[S,B,F*P,D]`; shift, scale `[S,B,F,D]`, broadcast over a frame's patches and never expanded.
+    """
+    by_frame = layer_norm(x, eps).unflatten(2, (shift.shape[2], -1))
+    return (by_frame * (1 + scale[..., None, :]) + shift[..., None, :]).flatten(2, 3).type_as(x)
+
+
+def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """Residual update with a gate `[S,B,F,D]` per (stream, clip, latent frame)."""
+    scaled = update.float().unflatten(2, (gate.shape[2], -1)) * gate[..., None, :]
+    return (x.float() + scaled.flatten(2, 3)).type_as(x)

@@ -1,0 +1,327 @@
+"""`u4d.Pipeline`: from a partly known scene to a complete one.
+
+Data flows one way: scene -> streams -> latents -> transformer -> sampler -> latents -> streams -> scene.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from u4d.checkpoint import find_checkpoint, load_components
+from u4d.diffusion.unipc import unipc_table
+from u4d.errors import UserError
+from u4d.geometry.cameras import relative_to_first
+from u4d.geometry.depth import clip_scale, valid_depth
+from u4d.model.codec import TinyCodec
+from u4d.model.latents import Statistics, decode_latents, encode_streams
+from u4d.model.streams import Clips, to_clips, to_streams
+from u4d.model.transformer import Transformer
+from u4d.sample.denoise import denoise
+from u4d.sample.observation import (
+    Observation,
+    check_scene_has,
+    observed_groups,
+    parse_observation,
+    partially_observed,
+    usable_frames,
+)
+from u4d.sample.placement import place_frames, place_observation, place_scene
+from u4d.sample.report import consistency
+from u4d.sample.search import candidate_spread, choose_candidate, draw_candidate_noise, score_candidates
+from u4d.scene import Scene
+
+Progress = Callable[[str, int, int], None]
+CANDIDATES_AT_ONCE = 4
+
+
+class Pipeline(DiffusionPipeline):
+    """Completes 4D scenes: whatever is observed is held fast, all else is denoised.
+
+    Components are those of a diffusers folder: `transformer`, `vae`, `scheduler`, and with text also `text_encoder`
+    and `tokenizer`.
+    """
+
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        vae: TinyCodec,
+        scheduler: Any,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, **options: Any
+    ) -> Pipeline:
+        """Load a shipped preset ("tiny"), a folder in diffusers' layout, or a hub id.
+
+        Args:
+            name: what to load.
+            device: where to run.
+            dtype: of the weights; by default float32 on a CPU and bfloat16 elsewhere.
+            options: passed on to `DiffusionPipeline.from_pretrained`.
+        Raises:
+            UserError: nothing there, or a damaged checkpoint; the file is named.
+        """
+        if dtype is None:
+            dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+        source = find_checkpoint(name)
+        pipe = load_components(
+            source, lambda: super(Pipeline, cls).from_pretrained(source, dtype=dtype, **options)
+        )
+        return pipe.to(device)
+
+    @property
+    def statistics(self) -> Statistics:
+        """The checkpoint's latent statistics."""
+        config = self.transformer.config
+        if config.latents_mean is None or config.latents_std is None:
+            raise UserError(
+                "checkpoint: its transformer config holds no latents_mean and latents_std; it is not trained"
+            )
+        return Statistics(torch.tensor(config.latents_mean), torch.tensor(config.latents_std), config.reference_fov_rad)
+
+    @torch.no_grad()
+    def complete(
+        self,
+        scene: Scene,
+        observe: str = "rgb:all",
+        steps: int = 40,
+        guidance: float = 2.0,
+        candidates: int = 1,
+        seed: int = 0,
+        prompt: str = "",
+        *,
+        frames: int | None = None,
+        original_size: bool = False,
+        shared_intrinsics: bool = True,
+        progress: Progress | None = None,
+    ) -> Scene:
+        """Complete a scene from what is observed of it.
+
+        Args:
+            scene: N frames of any number and size; they are spread over the checkpoint's clip and resized to it,
+                intrinsics following.
+            observe: what is given, as in "rgb:all", "rgb:0,-1", "camera:all,rgb:0" (see `parse_observation`); indices
+                are the scene's own frames.
+            steps: UniPC steps.
+            guidance: strength of history guidance; 1 switches it off and halves the time.
+            candidates: L completions to draw; the one whose images agree best under its own geometry is returned.
+            seed: reproduces the result; candidate k is the same for every L.
+            prompt: description in words, for checkpoints with a text encoder.
+            frames: frames of the result, when other than the scene's (up to the checkpoint's clip).
+            original_size: return images, depth and intrinsics at the scene's own size.
+            shared_intrinsics: the lens does not change during the clip.
+            progress: called as progress(stage, done, total).
+        Returns:
+            the complete scene with `report`. Observed images, depths and cameras are the input's own. Without any
+            observed camera, poses are relative to the first frame; without observed depth or camera, lengths are
+            relative (`scale` 1).
+        Raises:
+            UserError: the observation does not fit the scene, or a setting is out of range.
+        """
+        check_settings(steps, candidates, guidance)
+        clock = Clock()
+        with clock.stage("prepare"):
+            if prompt and self.text_encoder is None:
+                raise UserError("prompt: this checkpoint has no text encoder, so it takes no prompt; leave it empty")
+            asked = parse_observation(observe, scene.num_frames)
+            check_scene_has(asked, scene)
+            config = self.transformer.config
+            placement = place_frames(scene.num_frames, frames, config.num_frames)
+            placed, notes = place_observation(asked, placement)
+            observation = usable_frames(placed)
+            given = place_scene(scene, placement, tuple(config.image_size))
+            observed = observed_groups(observation).to(self.device)
+            anchor, scale = anchor_of(given, observation), scale_of(given, observation)
+            clean = self.encode(given, observation, anchor, scale)
+        with clock.stage("denoise"):
+            latents = self.sample(clean, observed, steps, guidance, candidates, seed, progress)
+        with clock.stage("decode"):
+            drawn, residual = self.decode(latents, placement.num_frames, scale, shared_intrinsics)
+            drawn = keep_observed(drawn, given, observation, anchor)
+        with clock.stage("search"):
+            scores = score_candidates(drawn.rgb, drawn.depth, drawn.intrinsics, drawn.cam_to_world)
+            choice = choose_candidate(scores)
+        best = choice.best
+        report = {
+            "observe": asked.spec,
+            "frames": placement.kept.tolist(),
+            "slots": placement.slots.tolist(),
+            "scale": scale,
+            "metric": bool(observation.depth.any() or observation.camera.any()),
+            "notes": notes + partially_observed(placed),
+            "steps": steps,
+            "guidance": guidance,
+            "seed": seed,
+            "best": best,
+            "errors": scores.error.tolist(),
+            "overlap": scores.overlap.mean(-1).tolist() if scores.overlap.shape[-1] else [],
+            "consistency": consistency(scores, residual, best),
+            "timings_s": clock.seconds,
+        }
+        if candidates > 1:
+            report["depth_spread"] = candidate_spread(drawn.depth).cpu()
+        result = Scene(
+            rgb=drawn.rgb[best].cpu(),
+            depth=drawn.depth[best].cpu(),
+            intrinsics=drawn.intrinsics[best].cpu(),
+            cam_to_world=drawn.cam_to_world[best].cpu(),
+            caption=prompt or scene.caption,
+            fps=given.fps,
+            scale=scale,
+            report=report,
+        )
+        return result.resized(scene.image_size) if original_size else result
+
+    def encode(self, given: Scene, observation: Observation, anchor: Tensor | None, scale: float) -> Tensor:
+        """Clean latents `[1,4,16,F,h,w]` of the observed streams; unobserved groups hold nothing of meaning."""
+        cameras = observation.camera[:, None, None]
+        relative = torch.eye(4)
+        if anchor is not None:
+            relative = torch.where(cameras, torch.linalg.inv(anchor) @ given.cam_to_world, torch.eye(4))
+        clips = Clips(
+            rgb=as_batch(given.rgb, observation.rgb),
+            depth=as_batch(given.depth, observation.depth),
+            intrinsics=as_batch(given.intrinsics, observation.camera),
+            cam_to_world=None if anchor is None else relative[None],
+        )
+        clips = Clips(*(None if part is None else part.to(self.device) for part in vars(clips).values()))
+        channels, height, width = self.latent_size
+        if all(part is None for part in vars(clips).values()):
+            groups = observed_groups(observation).shape[1]
+            return torch.zeros(1, 4, channels, groups, height, width, device=self.device)
+        streams = to_streams(
+            clips, torch.tensor([scale], device=self.device), tuple(self.transformer.config.image_size)
+        )
+        return encode_streams(streams, self.vae, self.statistics)
+
+    def sample(
+        self,
+        clean: Tensor,
+        observed: Tensor,
+        steps: int,
+        guidance: float,
+        candidates: int,
+        seed: int,
+        progress: Progress | None,
+    ) -> Tensor:
+        """Draw the candidates' latents `[L,4,16,F,h,w]`, a few at a time."""
+        table = unipc_table(steps, shift=self.scheduler.config.flow_shift)
+        drawn = []
+        for first in range(0, candidates, CANDIDATES_AT_ONCE):
+            count = min(CANDIDATES_AT_ONCE, candidates - first)
+            noise = draw_candidate_noise(seed, count, clean.shape[1:], first=first, device=self.device)
+
+            def report(done: int, total: int, first: int = first) -> None:
+                if progress is not None:
+                    rounds = -(-candidates // CANDIDATES_AT_ONCE)
+                    progress("denoise", first // CANDIDATES_AT_ONCE * total + done, rounds * total)
+
+            drawn.append(
+                denoise(
+                    self.velocity,
+                    clean.expand(count, *clean.shape[1:]),
+                    observed,
+                    table,
+                    noise=noise,
+                    guidance=guidance,
+                    progress=report,
+                )
+            )
+        return torch.cat(drawn)
+
+    def velocity(self, latents: Tensor, times: Tensor) -> Tensor:
+        """The transformer in its own dtype."""
+        return self.transformer(latents.to(self.transformer.dtype), times)
+
+    def decode(self, latents: Tensor, num_frames: int, scale: float, shared_intrinsics: bool) -> tuple[Clips, Tensor]:
+        """Candidates' clips and camera residuals, decoded one by one to bound memory."""
+        parts, residuals = [], []
+        scales = torch.tensor([scale], device=latents.device)
+        for candidate in latents.split(1):
+            streams = decode_latents(candidate, self.vae, self.statistics, num_frames)
+            clips, residual = to_clips(streams, num_frames, scales, shared_intrinsics)
+            parts.append(clips)
+            residuals.append(residual)
+        joined = (torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0]))
+        return Clips(*joined), torch.cat(residuals)
+
+    @property
+    def latent_size(self) -> tuple[int, int, int]:
+        """(channels, h, w) of this checkpoint's latents."""
+        height, width = self.transformer.config.image_size
+        return 16, height // 8, width // 8
+
+
+class Clock:
+    """Seconds per stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - began
+
+
+def check_settings(steps: int, candidates: int, guidance: float) -> None:
+    """Raise UserError for settings that make no sense, before any work is done."""
+    for name, value in (("steps", steps), ("candidates", candidates)):
+        if value < 1:
+            raise UserError(f"{name}: expected at least 1, got {value}")
+    if not 0 <= guidance <= 100:
+        raise UserError(f"guidance: expected 0 to 100 (1 switches it off), got {guidance}")
+
+
+def anchor_of(given: Scene, observation: Observation) -> Tensor | None:
+    """Pose `[4,4]` of the first observed camera: the model sees it as the identity. None where none is observed."""
+    if not bool(observation.camera.any()):
+        return None
+    return given.cam_to_world[int(observation.camera.nonzero()[0])]
+
+
+def scale_of(given: Scene, observation: Observation) -> float:
+    """The clip's scale from what is observed (spec.md section 1)."""
+    depth = given.depth[observation.depth] if observation.depth.any() else None
+    cameras = given.cam_to_world[observation.camera] if observation.camera.any() else None
+    return clip_scale(depth, cameras)
+
+
+def as_batch(values: Tensor | None, observed: Tensor) -> Tensor | None:
+    """One clip as a batch; None where nothing of it is observed."""
+    return values[None] if values is not None and bool(observed.any()) else None
+
+
+def keep_observed(drawn: Clips, given: Scene, observation: Observation, anchor: Tensor | None) -> Clips:
+    """Put the input's own images, depths and cameras back in place of their coded copies, in the input's world frame."""
+    rgb, depth, intrinsics, cam_to_world = drawn.rgb, drawn.depth, drawn.intrinsics, drawn.cam_to_world
+    device = rgb.device
+    if observation.rgb.any():
+        rgb = torch.where(observation.rgb.to(device)[:, None, None, None], given.rgb.to(device), rgb)
+    if observation.depth.any():
+        truth = given.depth.to(device)
+        depth = torch.where(observation.depth.to(device)[:, None, None] & valid_depth(truth), truth, depth)
+    if anchor is None:
+        return Clips(rgb, depth, intrinsics, relative_to_first(cam_to_world))
+    seen = observation.camera.to(device)[:, None, None]
+    cam_to_world = torch.where(seen, given.cam_to_world.to(device), anchor.to(device) @ cam_to_world)
+    return Clips(rgb, depth, torch.where(seen, given.intrinsics.to(device), intrinsics), cam_to_world)

@@ -1,0 +1,71 @@
+"""One training step: draw a task, encode the clips, noise them, compare velocities."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from u4d.diffusion.flow import draw_noise, noisy_latents, velocity_target
+from u4d.diffusion.losses import FlowLoss, flow_matching_loss
+from u4d.diffusion.patterns import draw_batch
+from u4d.geometry.cameras import relative_to_first
+from u4d.model.latents import Codec, Statistics, encode_streams
+from u4d.model.streams import Clips, observed_scale, to_streams
+from u4d.model.transformer import Transformer
+from u4d.train.clips import cut_frames
+from u4d.train.recipe import Phase
+from u4d_fast.time_layout import frame_groups
+
+
+def training_loss(
+    model: Transformer,
+    codec: Codec,
+    statistics: Statistics,
+    clips: Clips,
+    phase: Phase,
+    weights: Tensor,
+    generator: torch.Generator,
+) -> FlowLoss:
+    """Flow-matching loss of a batch of fully known clips under one random task per clip.
+
+    Everything random comes from `generator`, so a step depends on its seed and its clips alone.
+    """
+    clips = random_cut(clips, phase, generator)
+    groups = frame_groups(clips.rgb.shape[1])
+    available = draw_available(len(clips.rgb), phase.rgb_only, generator)
+    task = draw_batch(
+        available,
+        len(groups),
+        generator=generator,
+        weights=phase.patterns,
+        target_floor=phase.target_floor,
+        clean_context_prob=phase.clean_context_prob,
+        supervise_context=phase.target_floor == "uniform",
+    )
+    with torch.no_grad():
+        scale = observed_scale(clips, task.context, groups)
+        clean = encode_streams(to_streams(clips, scale, tuple(clips.rgb.shape[-2:])), codec, statistics)
+    noise = draw_noise(clean.shape, generator)
+    noisy = noisy_latents(clean, noise, task.times)
+    with torch.autocast(clean.device.type, torch.bfloat16):
+        velocity = model(noisy, task.times)
+    return flow_matching_loss(velocity, velocity_target(clean, noise), task.supervised, weights)
+
+
+def draw_available(batch: int, rgb_only: float, generator: torch.Generator) -> Tensor:
+    """Treat some fully known clips as RGB-only ones, `[B,4]` bool: "the first image alone" is met nowhere else."""
+    available = torch.ones(batch, 4, dtype=torch.bool)
+    available[torch.rand(batch, generator=generator) < rgb_only, 1:] = False
+    return available
+
+
+def random_cut(clips: Clips, phase: Phase, generator: torch.Generator) -> Clips:
+    """A random stretch of the length that the phase asks for, its cameras relative to its first."""
+    lengths = sorted(phase.frames)
+    odds = torch.tensor([phase.frames[length] for length in lengths])
+    frames = min(lengths[int(torch.multinomial(odds, 1, generator=generator))], clips.rgb.shape[1])
+    start = int(torch.randint(clips.rgb.shape[1] - frames + 1, (1,), generator=generator))
+    cut = cut_frames(clips, frames, start)
+    return replace(cut, cam_to_world=relative_to_first(cut.cam_to_world))

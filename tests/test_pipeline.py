@@ -1,0 +1,168 @@
+"""The whole path: scene -> streams -> latents -> transformer -> sampler -> scene, with a small random model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import u4d
+from u4d.errors import UserError
+from u4d.geometry.cameras import rotation_angle_rad
+
+SPECS = (
+    "rgb:all",
+    "rgb:0,-1",
+    "rgb:0",
+    "camera:all,rgb:0",
+    "camera:all,rgb:0,-1",
+    "depth:0",
+    "depth:all",
+    "rgb:all,depth:all",
+    "rgb:all,depth:all,camera:all",
+    "none",
+)
+
+
+@pytest.fixture(scope="module")
+def pipe(debug_checkpoint: Path) -> u4d.Pipeline:
+    return u4d.Pipeline.from_pretrained(debug_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def scene() -> u4d.Scene:
+    return u4d.data.ProceduralScenes(split="test", frames=6, size=(32, 48))[5]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_kind_of_observation_gives_a_finite_rigid_scene(pipe: u4d.Pipeline, scene: u4d.Scene, spec: str) -> None:
+    out = pipe.complete(scene, observe=spec, steps=2)
+    assert out.rgb.shape == (6, 3, 32, 48) and out.depth.shape == (6, 32, 48)
+    assert out.intrinsics.shape == (6, 3, 3) and out.cam_to_world.shape == (6, 4, 4)
+    assert bool(torch.isfinite(out.rgb).all()) and float(out.rgb.min()) >= 0 and float(out.rgb.max()) <= 1
+    assert bool(torch.isfinite(out.depth).all()) and float(out.depth.min()) > 0
+    assert out.report["metric"] == ("depth" in spec or "camera" in spec)
+
+
+def test_what_is_observed_comes_back_as_it_was(pipe: u4d.Pipeline, scene: u4d.Scene) -> None:
+    out = pipe.complete(scene, observe="rgb:0,-1 depth:0 camera:all", steps=2)
+    torch.testing.assert_close(out.rgb[[0, -1]], scene.rgb[[0, -1]], rtol=0, atol=0)
+    torch.testing.assert_close(out.depth[0], scene.depth[0], rtol=0, atol=0)
+    torch.testing.assert_close(out.cam_to_world, scene.cam_to_world, rtol=0, atol=0)
+    torch.testing.assert_close(out.intrinsics, scene.intrinsics, rtol=0, atol=0)
+    assert not torch.equal(out.rgb[2], scene.rgb[2])
+
+
+def test_what_is_not_observed_is_never_looked_at(pipe: u4d.Pipeline, scene: u4d.Scene) -> None:
+    """Frames outside the observation may hold anything: the result does not change by a bit."""
+    other = u4d.data.ProceduralScenes(split="test", frames=6, size=(32, 48))[8]
+    rgb = scene.rgb.clone()
+    rgb[1:-1] = other.rgb[1:-1]
+    mixed = u4d.Scene(rgb=rgb, depth=other.depth, intrinsics=other.intrinsics, cam_to_world=other.cam_to_world)
+    one, two = (pipe.complete(given, observe="rgb:0,-1", steps=2) for given in (scene, mixed))
+    for name in ("rgb", "depth", "intrinsics", "cam_to_world"):
+        assert torch.equal(getattr(one, name), getattr(two, name)), name
+
+
+def test_poses_start_at_the_identity_where_no_camera_is_observed(pipe: u4d.Pipeline, scene: u4d.Scene) -> None:
+    out = pipe.complete(scene, steps=2)
+    torch.testing.assert_close(out.cam_to_world[0], torch.eye(4), rtol=0, atol=1e-6)
+
+
+def test_an_observed_camera_sets_the_world_frame(pipe: u4d.Pipeline, scene: u4d.Scene) -> None:
+    """Moving the observed world as a whole moves the result with it."""
+    moved = torch.eye(4)
+    moved[:3, :3] = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]])
+    moved[:3, 3] = torch.tensor([3.0, -2.0, 5.0])
+    shifted = u4d.Scene(
+        rgb=scene.rgb, depth=scene.depth, intrinsics=scene.intrinsics, cam_to_world=moved @ scene.cam_to_world
+    )
+    one, two = (pipe.complete(given, observe="camera:0,rgb:all,depth:0", steps=2) for given in (scene, shifted))
+    torch.testing.assert_close(moved @ one.cam_to_world, two.cam_to_world, rtol=1e-3, atol=1e-3)
+
+
+def test_metric_input_gives_metric_output(pipe: u4d.Pipeline, scene: u4d.Scene) -> None:
+    """The same clip in millimetres instead of metres: every length is 1000 times as long, nothing else changes."""
+    pose = scene.cam_to_world.clone()
+    pose[:, :3, 3] *= 1000
+    millimetres = u4d.Scene(
+        rgb=scene.rgb, depth=scene.depth * 1000, intrinsics=scene.intrinsics, cam_to_world=pose
+    )
+    one, two = (pipe.complete(given, observe="rgb:all,depth:0", steps=2) for given in (scene, millimetres))
+    torch.testing.assert_close(one.depth * 1000, two.depth, rtol=1e-3, atol=0)
+    torch.testing.assert_close(one.cam_to_world[:, :3, 3] * 1000, two.cam_to_world[:, :3, 3], rtol=1e-3, atol=1.0)
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+@pytest.mark.parametrize("size", [(32, 48), (45, 80)])
+def test_any_number_of_frames_and_any_size(pipe: u4d.Pipeline, count: int, size: tuple[int, int]) -> None:
+    scene = u4d.Scene(rgb=torch.rand(count, 3, *size))
+    out = pipe.complete(scene, steps=1, original_size=True)
+    assert out.num_frames == min(count, 6)
+    assert out.image_size == size
+    assert bool(torch.isfinite(out.cam_to_world).all())
+    assert float(out.intrinsics[0, 0, 0]) > 0
+
+
+def test_intrinsics_follow_the_image_size(pipe: u4d.Pipeline) -> None:
+    scene = u4d.Scene(rgb=torch.rand(2, 3, 64, 144))
+    small = pipe.complete(scene, steps=1)
+    large = pipe.complete(scene, steps=1, original_size=True)
+    torch.testing.assert_close(large.intrinsics[:, 0, 0], small.intrinsics[:, 0, 0] * 3)
+    torch.testing.assert_close(large.intrinsics[:, 1, 1], small.intrinsics[:, 1, 1] * 2)
+
+
+def test_one_image_becomes_a_clip(pipe: u4d.Pipeline) -> None:
+    image = torch.rand(1, 3, 32, 48)
+    out = pipe.complete(u4d.Scene(rgb=image), observe="rgb:0", frames=5, steps=1)
+    assert out.num_frames == 5
+    assert torch.equal(out.rgb[0], image[0])
+
+
+def test_a_seed_reproduces_and_candidates_do_not_depend_on_their_number(pipe: u4d.Pipeline, scene: u4d.Scene) -> None:
+    one = pipe.complete(scene, steps=2, candidates=6, seed=3)
+    again = pipe.complete(scene, steps=2, candidates=6, seed=3)
+    few = pipe.complete(scene, steps=2, candidates=2, seed=3)
+    assert torch.equal(one.depth, again.depth)
+    torch.testing.assert_close(torch.tensor(one.report["errors"][:2]), torch.tensor(few.report["errors"]), rtol=1e-3, atol=1e-5)
+    assert one.report["best"] == min(range(6), key=lambda k: one.report["errors"][k])
+    assert one.report["depth_spread"].shape == (6, 32, 48)
+    assert not torch.equal(one.depth, pipe.complete(scene, steps=2, seed=4).depth)
+
+
+def test_partly_observed_groups_are_told_and_not_used(pipe: u4d.Pipeline, scene: u4d.Scene) -> None:
+    out = pipe.complete(scene, observe="rgb:0,2", steps=2)
+    assert len(out.report["notes"]) == 1 and "1 to 4" in out.report["notes"][0]
+    plain = pipe.complete(scene, observe="rgb:0", steps=2)
+    assert torch.equal(out.depth, plain.depth)
+
+
+def test_frames_left_out_by_sampling_are_told(pipe: u4d.Pipeline) -> None:
+    out = pipe.complete(u4d.Scene(rgb=torch.rand(20, 3, 32, 48)), observe="rgb:all", steps=1)
+    assert out.report["frames"] == [0, 4, 8, 11, 15, 19]
+    assert any("14 of 20" in note for note in out.report["notes"])
+
+
+@pytest.mark.parametrize(
+    ("options", "needle"),
+    [
+        ({"observe": "rgb:77"}, "rgb:77"),
+        ({"observe": "depth:all"}, "depth"),
+        ({"steps": 0}, "steps"),
+        ({"candidates": 0}, "candidates"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"frames": 7}, "frames"),
+        ({"prompt": "a red ball"}, "prompt"),
+    ],
+)
+def test_bad_settings_are_named(pipe: u4d.Pipeline, options: dict[str, object], needle: str) -> None:
+    with pytest.raises(UserError, match=needle):
+        pipe.complete(u4d.Scene(rgb=torch.rand(6, 3, 32, 48)), **options)
+
+
+def test_rotations_are_proper(pipe: u4d.Pipeline, scene: u4d.Scene) -> None:
+    rotation = pipe.complete(scene, steps=2).cam_to_world[:, :3, :3]
+    torch.testing.assert_close(rotation @ rotation.mT, torch.eye(3).expand(6, 3, 3), rtol=0, atol=1e-4)
+    assert bool((torch.linalg.det(rotation) > 0).all())
+    assert bool((rotation_angle_rad(rotation) >= 0).all())
