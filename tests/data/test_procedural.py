@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from u4d.data.procedural import Clips, ProceduralScenes, describe_clips, render_clips
+from u4d.clips import Clips
+from u4d.data.procedural import ProceduralScenes, describe_clips, render_clips
 from u4d.data.procedural.camera_paths import OVERSHOOT, path_parameter
 from u4d.data.procedural.randomness import SPLITS, clip_seed, clip_streams
 from u4d.data.procedural.render import ClipDescription, _trace_pixels

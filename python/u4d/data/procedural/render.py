@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from u4d.clips import Clips
 from u4d.data.procedural.appearance import APPEARANCE_STREAM_LENGTH, Appearance, sample_appearance
 from u4d.data.procedural.camera_paths import PATH_STREAM_LENGTH, lens_intrinsics
 from u4d.data.procedural.photometry import PHOTOMETRY_STREAM_LENGTH, Photometry, develop, noise_table, sample_photometry
@@ -28,16 +29,6 @@ from u4d.data.procedural.trace import SHAPE_BOX, SHAPE_CYLINDER, SHAPE_SPHERE, F
 
 _CPU_RAYS = 52_000  # rays traced at once on the CPU: the working set stays in the cache
 _GPU_RAYS = 4_000_000
-
-
-class Clips(NamedTuple):
-    """A batch of rendered clips: rgb [B,N,3,H,W] in [0,1], depth [B,N,H,W] along the optical axis,
-    intrinsics [B,N,3,3] in pixels, cam_to_world [B,N,4,4] (OpenCV axes); all float32."""
-
-    rgb: Tensor
-    depth: Tensor
-    intrinsics: Tensor
-    cam_to_world: Tensor
 
 
 class ClipDescription(NamedTuple):
