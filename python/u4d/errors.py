@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Bad input. The message names what was given, what was wanted and what to do; the CLI prints it and exits with 2."""
+    """Bad input. The message names what was given, what was wanted and what to do; the CLI exits with 2."""

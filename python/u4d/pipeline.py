@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,13 +16,14 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from u4d.checkpoint import find_checkpoint, load_components
+from u4d.clips import Clips
 from u4d.diffusion.unipc import unipc_table
 from u4d.errors import UserError
 from u4d.geometry.cameras import relative_to_first
 from u4d.geometry.depth import clip_scale, valid_depth
 from u4d.model.codec import TinyCodec
 from u4d.model.latents import Statistics, decode_latents, encode_streams
-from u4d.model.streams import Clips, to_clips, to_streams
+from u4d.model.streams import to_clips, to_streams
 from u4d.model.transformer import Transformer
 from u4d.sample.denoise import denoise
 from u4d.sample.observation import (
@@ -82,9 +82,7 @@ class Pipeline(DiffusionPipeline):
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         source = find_checkpoint(name)
-        pipe = load_components(
-            source, lambda: super(Pipeline, cls).from_pretrained(source, dtype=dtype, **options)
-        )
+        pipe = load_components(source, lambda: super(Pipeline, cls).from_pretrained(source, dtype=dtype, **options))
         return pipe.to(device)
 
     @property
@@ -312,7 +310,7 @@ def as_batch(values: Tensor | None, observed: Tensor) -> Tensor | None:
 
 
 def keep_observed(drawn: Clips, given: Scene, observation: Observation, anchor: Tensor | None) -> Clips:
-    """Put the input's own images, depths and cameras back in place of their coded copies, in the input's world frame."""
+    """Put the input's own images, depths and cameras in place of their coded copies, in the input's world frame."""
     rgb, depth, intrinsics, cam_to_world = drawn.rgb, drawn.depth, drawn.intrinsics, drawn.cam_to_world
     device = rgb.device
     if observation.rgb.any():

@@ -22,6 +22,7 @@ class TransformerConfig:
         freq_dim: width of the sinusoidal time embedding.
         num_frames, image_size: the clip that the weights were trained for; (height, width) in pixels.
         motion_features: feed local motion of observed RGB to its tokens (see model/motion.py).
+        rgb_to_geometry: add the RGB token of the same place to every geometry token (see `StreamLink`).
         latents_mean, latents_std: `[4][16]` statistics that bring latents to unit variance (spec.md section 1).
         reference_fov_rad: horizontal field of view of the camera whose rays are subtracted from `ray_dir`.
     """
@@ -35,6 +36,7 @@ class TransformerConfig:
     num_frames: int = 50
     image_size: tuple[int, int] = (240, 320)
     motion_features: bool = False
+    rgb_to_geometry: bool = False
     latents_mean: tuple[tuple[float, ...], ...] | None = None
     latents_std: tuple[tuple[float, ...], ...] | None = None
     reference_fov_rad: float = math.pi / 3
@@ -129,6 +131,7 @@ def tiny() -> Preset:
             num_frames=18,
             image_size=(96, 128),
             motion_features=True,
+            rgb_to_geometry=True,
         ),
     )
 
@@ -147,6 +150,7 @@ def debug() -> Preset:
             num_frames=6,
             image_size=(32, 48),
             motion_features=True,
+            rgb_to_geometry=True,
         ),
         CodecConfig(hidden=8, depth=1),
     )

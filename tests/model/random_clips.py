@@ -6,8 +6,8 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
+from u4d.clips import Clips
 from u4d.geometry.cameras import fov_to_intrinsics, relative_to_first
-from u4d.model.streams import Clips
 
 SIZE = (48, 64)
 

@@ -12,9 +12,10 @@ from random_clips import SIZE, assert_same_cameras, random_clips
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
+from u4d.clips import Clips
 from u4d.geometry.cameras import fov_to_intrinsics
 from u4d.model.latents import Statistics, decode_latents, encode_streams
-from u4d.model.streams import Clips, Streams, to_clips, to_streams
+from u4d.model.streams import Streams, to_clips, to_streams
 from u4d_fast.time_layout import frame_groups, latent_frame_of, latent_frames
 
 CELL = 8

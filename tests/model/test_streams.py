@@ -10,8 +10,9 @@ import torch
 from random_clips import SIZE, assert_same_cameras, random_clips, with_holes
 from torch import Tensor
 
+from u4d.clips import Clips
 from u4d.errors import UserError
-from u4d.model.streams import Clips, observed_scale, to_clips, to_streams
+from u4d.model.streams import observed_scale, to_clips, to_streams
 from u4d_fast.time_layout import frame_groups
 
 RGB, DEPTH, RAY_DIR, RAY_MOMENT = range(4)

@@ -27,7 +27,7 @@ def changed_groups(before: Tensor, after: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", ((2, 2), (4, 6)))
 def test_velocity_has_the_shape_of_the_latents(frames: int, size: tuple[int, int]) -> None:
     latents, times, text = random_inputs(2, frames, size)
-    for model in (random_transformer(), random_transformer(motion_features=True)):
+    for model in (random_transformer(), random_transformer(motion_features=True, rgb_to_geometry=True)):
         velocity = model(latents, times, text)
         assert velocity.shape == latents.shape
         assert velocity.isfinite().all()
@@ -35,7 +35,7 @@ def test_velocity_has_the_shape_of_the_latents(frames: int, size: tuple[int, int
 
 @torch.no_grad()
 def test_clips_of_a_batch_do_not_meet() -> None:
-    model = random_transformer(motion_features=True)
+    model = random_transformer(motion_features=True, rgb_to_geometry=True)
     latents, times, text = random_inputs(3)
     together = model(latents, times, text)
     for clip in range(3):
@@ -59,6 +59,21 @@ def test_a_group_that_sees_itself_alone_depends_on_itself_alone() -> None:
         expected[:, stream, frame] = True
         assert torch.equal(changed_groups(before, model(other, times, text, mask)), expected)
         assert torch.equal(changed_groups(before, model(latents, later, text, mask)), expected)
+
+
+@torch.no_grad()
+def test_the_rgb_link_hands_geometry_the_rgb_of_its_own_frame_unless_that_is_noise() -> None:
+    model = random_transformer(rgb_to_geometry=True)
+    latents, times, text = random_inputs()
+    times[0, 0] = torch.tensor([0.0, 0.4, 1.0])
+    mask = torch.eye(12, dtype=torch.bool)[None]
+    before = model(latents, times, text, mask)
+    for frame in range(3):
+        other = latents.clone()
+        other[:, 0, :, frame] += 1
+        expected = torch.zeros(1, 4, 3, dtype=torch.bool)
+        expected[:, : 4 if frame < 2 else 1, frame] = True
+        assert torch.equal(changed_groups(before, model(other, times, text, mask)), expected)
 
 
 @torch.no_grad()
@@ -98,7 +113,7 @@ def test_an_untrained_head_inverts_the_patch_embedding() -> None:
 
 
 def test_every_parameter_is_trained() -> None:
-    model = random_transformer(motion_features=True)
+    model = random_transformer(motion_features=True, rgb_to_geometry=True)
     torch.nn.init.normal_(model.motion.grey_single)
     torch.nn.init.normal_(model.motion.grey_group)
     latents, times, text = random_inputs(frames=4)
@@ -126,7 +141,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
 
 @torch.no_grad()
 def test_half_precision_stays_close() -> None:
-    model = random_transformer(motion_features=True)
+    model = random_transformer(motion_features=True, rgb_to_geometry=True)
     latents, times, text = random_inputs()
     truth = model(latents, times, text)
     with torch.autocast("cpu", torch.bfloat16):

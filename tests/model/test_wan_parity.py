@@ -17,12 +17,8 @@ from u4d.presets import TransformerConfig
 BATCH, FRAMES, HEIGHT, WIDTH = 2, 3, 4, 6
 TOKENS_PER_FRAME = (HEIGHT // 2) * (WIDTH // 2)
 CONFIGS = (
-    TransformerConfig(
-        num_layers=1, num_attention_heads=2, attention_head_dim=12, ffn_dim=40, text_dim=16, freq_dim=16
-    ),
-    TransformerConfig(
-        num_layers=3, num_attention_heads=3, attention_head_dim=20, ffn_dim=64, text_dim=24, freq_dim=32
-    ),
+    TransformerConfig(num_layers=1, num_attention_heads=2, attention_head_dim=12, ffn_dim=40, text_dim=16, freq_dim=16),
+    TransformerConfig(num_layers=3, num_attention_heads=3, attention_head_dim=20, ffn_dim=64, text_dim=24, freq_dim=32),
     TransformerConfig(num_layers=2, num_attention_heads=1, attention_head_dim=128, ffn_dim=96, text_dim=8),
 )
 
@@ -126,16 +122,17 @@ def test_full_size_tensors_are_wans_with_one_leading_dimension() -> None:
     assert sum(parameter.numel() for parameter in ours.parameters()) == 4 * 1_418_996_800
 
 
-def test_tiny_adds_nothing_but_motion_and_the_null_text() -> None:
+def test_tiny_adds_nothing_but_motion_the_rgb_link_and_the_null_text() -> None:
     config = presets.tiny().transformer
     with torch.device("meta"):
         ours, wan = Transformer(config), wan_class(config)
-    extras = set(ours.state_dict()) - set(wan.state_dict())
     assert set(wan.state_dict()) <= set(ours.state_dict())
-    assert extras == {
+    assert set(ours.state_dict()) - set(wan.state_dict()) == {
         "null_text",
         "motion.grey_single",
         "motion.grey_group",
         "motion.embed.weight",
         "motion.embed.bias",
+        "link.linear.weight",
+        "link.linear.bias",
     }

@@ -68,7 +68,13 @@ def test_training_reduces_the_loss(tmp_path: Path) -> None:
     recipe = debug_run()
     phase = Phase(steps=60, patterns={"geometry_dense": 1.0}, frames={6: 1.0}, target_floor=0.5)
     recipe = replace(
-        recipe, phases=(phase,), window=8, draws=60, batch=8, save_every=60, optim=replace(recipe.optim, lr=1e-2, warmup=5)
+        recipe,
+        phases=(phase,),
+        window=8,
+        draws=60,
+        batch=8,
+        save_every=60,
+        optim=replace(recipe.optim, lr=1e-2, warmup=5),
     )
     train(recipe, tmp_path / "run", workers=0, progress=False)
     geometry = torch.tensor(losses(tmp_path / "run"))[:, 1:].mean(-1)

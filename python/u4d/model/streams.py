@@ -11,24 +11,8 @@ import torch
 from torch import Tensor
 
 import u4d_fast
+from u4d.clips import Clips
 from u4d.geometry.depth import channel_to_depth, clip_scale, depth_to_channel, fill_invalid, valid_depth
-
-
-@dataclass(frozen=True)
-class Clips:
-    """A batch of clips with everything that is known of them; what is not known is None.
-
-    Attributes:
-        rgb: `[B,N,3,H,W]` in [0,1].
-        depth: `[B,N,H,W]`, any unit; 0, NaN and infinity are invalid.
-        intrinsics: `[B,N,3,3]` in pixels.
-        cam_to_world: `[B,N,4,4]`, OpenCV, the unit of depth.
-    """
-
-    rgb: Tensor | None = None
-    depth: Tensor | None = None
-    intrinsics: Tensor | None = None
-    cam_to_world: Tensor | None = None
 
 
 @dataclass(frozen=True)

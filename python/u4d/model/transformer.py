@@ -52,6 +52,7 @@ class Transformer(ModelMixin, ConfigMixin):
         self.proj_out = StackedLinear(streams, width, LATENT_CHANNELS * PATCH**2)
         self.start_as_passthrough()
         self.motion = MotionFeatures(width, LATENT_CHANNELS) if config.motion_features else None
+        self.link = StreamLink(streams - 1, width) if config.rgb_to_geometry else None
         self.register_buffer("null_text", torch.zeros(1, config.text_dim))
         self.gradient_checkpointing = False
 
@@ -88,6 +89,8 @@ class Transformer(ModelMixin, ConfigMixin):
         x = self.patch_embedding(latents)
         if self.motion is not None:
             x = torch.cat((x[:1] + self.motion(latents[:, 0], times[:, 0]).type_as(x), x[1:]))
+        if self.link is not None:
+            x = torch.cat((x[:1], x[1:] + self.link(x[0], 1 - times[:, 0])))
         table = rotary_table(frames, rows, columns, self.config.attention_head_dim, latents.device)
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -132,6 +135,23 @@ class StackedPatchEmbedding(nn.Module):
         patches = patches.permute(1, 0, 3, 4, 6, 2, 5, 7).reshape(streams, -1, channels * PATCH**2)
         embedded = torch.baddbmm(self.bias[:, None], patches, self.weight.flatten(2).transpose(1, 2))
         return embedded.unflatten(1, (batch, -1))
+
+
+class StreamLink(nn.Module):
+    """Adds the RGB token of the same place to every geometry token, as far as RGB is signal and not noise.
+
+    Attention finds that pairing by itself, but only after very many clips; a small model is handed it.
+    """
+
+    def __init__(self, targets: int, width: int) -> None:
+        super().__init__()
+        self.linear = StackedLinear(targets, width, width)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, rgb: Tensor, signal: Tensor) -> Tensor:
+        """rgb `[B,F*P,D]`, signal `[B,F]` (1 - t) -> `[targets,B,F*P,D]`."""
+        scaled = (rgb.unflatten(1, (signal.shape[1], -1)) * signal[..., None, None]).flatten(1, 2).type_as(rgb)
+        return self.linear(scaled.expand(self.linear.weight.shape[0], *scaled.shape))
 
 
 class ConditionEmbedder(nn.Module):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from u4d.clips import Clips
 from u4d.data.procedural import render_clips
-from u4d.model.streams import Clips
 
 RENDER_CHUNK = 8
 COMPILE_FROM = 32  # clips: below this, compiling the tracer takes longer than it saves
@@ -38,12 +38,7 @@ def render_window(indices: range, frames: int, image_size: tuple[int, int], spli
         )
         for start in range(0, len(indices), RENDER_CHUNK)
     ]
-    return Clips(
-        rgb=torch.cat([part.rgb for part in parts]),
-        depth=torch.cat([part.depth for part in parts]),
-        intrinsics=torch.cat([part.intrinsics for part in parts]),
-        cam_to_world=torch.cat([part.cam_to_world for part in parts]),
-    )
+    return Clips(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Clips)))
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class Schedule:
     def positions(self, step: int) -> torch.Tensor:
         """Positions in its window of the clips of that step: `[batch]`."""
         window, offset = divmod(step, self.steps_per_window)
-        generator = torch.Generator().manual_seed(hash((self.seed, window)) & 0x7FFFFFFF)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + window)
         order = torch.cat([torch.randperm(self.window, generator=generator) for _ in range(self.draws)])
         return order[offset * self.batch : (offset + 1) * self.batch]
 
@@ -91,12 +86,9 @@ def batches(
 
 def take(clips: Clips, positions: torch.Tensor) -> Clips:
     """Those clips of a batch."""
-    return Clips(
-        clips.rgb[positions], clips.depth[positions], clips.intrinsics[positions], clips.cam_to_world[positions]
-    )
+    return Clips(*(getattr(clips, field.name)[positions] for field in fields(Clips)))
 
 
 def cut_frames(clips: Clips, frames: int, start: int) -> Clips:
     """Frames start..start+frames-1 of every clip."""
-    part = slice(start, start + frames)
-    return Clips(clips.rgb[:, part], clips.depth[:, part], clips.intrinsics[:, part], clips.cam_to_world[:, part])
+    return Clips(*(getattr(clips, field.name)[:, start : start + frames] for field in fields(Clips)))

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss, pixel_unshuffle
 
+from u4d.clips import Clips
 from u4d.diffusion.flow import LATENT_CHANNELS, RAY_CHANNELS
 from u4d.geometry.cameras import relative_to_first
 from u4d.model.codec import CELL, IMAGE_CHANNELS, TinyCodec, coder_name
 from u4d.model.latents import Statistics, encode_streams
 from u4d.model.motion import MotionFeatures
-from u4d.model.streams import Clips, Streams, observed_scale, to_streams
+from u4d.model.streams import Streams, observed_scale, to_streams
 from u4d.train.clips import render_window
 from u4d.train.recipe import Recipe
 from u4d_fast.time_layout import FRAMES_PER_GROUP, frame_groups

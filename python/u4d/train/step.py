@@ -7,12 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from u4d.clips import Clips
 from u4d.diffusion.flow import draw_noise, noisy_latents, velocity_target
 from u4d.diffusion.losses import FlowLoss, flow_matching_loss
 from u4d.diffusion.patterns import draw_batch
 from u4d.geometry.cameras import relative_to_first
 from u4d.model.latents import Codec, Statistics, encode_streams
-from u4d.model.streams import Clips, observed_scale, to_streams
+from u4d.model.streams import observed_scale, to_streams
 from u4d.model.transformer import Transformer
 from u4d.train.clips import cut_frames
 from u4d.train.recipe import Phase
