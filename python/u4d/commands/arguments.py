@@ -1,0 +1,140 @@
+"""Arguments that several verbs share, and the checks of their values."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from u4d.errors import UserError
+
+if TYPE_CHECKING:
+    from u4d.pipeline import Pipeline
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """An argparse type: whole numbers from `least`."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least}, got {text!r}")
+        return number
+
+    return parse
+
+
+def number_between(least: float, most: float) -> Callable[[str], float]:
+    """An argparse type: numbers from `least` to `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"expected a number from {least:g} to {most:g}, got {text!r}")
+        return number
+
+    return parse
+
+
+def add_observation(parser: argparse.ArgumentParser) -> None:
+    """--observe and its shorthand --task."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--observe",
+        metavar="SPEC",
+        help="what is given, as modality:frames with modality rgb, depth or camera (default rgb:all)",
+    )
+    group.add_argument("--task", metavar="NAME", help="a name for a common observation instead of --observe")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Settings of the sampler."""
+    parser.add_argument(
+        "--steps", type=whole_number(1), default=40, metavar="N", help="denoising steps; fewer are faster (default 40)"
+    )
+    parser.add_argument(
+        "--guidance",
+        type=number_between(0, 100),
+        default=2.0,
+        metavar="W",
+        help="how strongly the observation guides (default 2); 1 switches it off and halves the time",
+    )
+    parser.add_argument(
+        "--candidates",
+        type=whole_number(1),
+        default=1,
+        metavar="L",
+        help="completions to draw, of which the most consistent is kept (default 1)",
+    )
+    parser.add_argument(
+        "--seed", type=whole_number(0), default=0, metavar="N", help="the same seed gives the same result (default 0)"
+    )
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Which weights, and where they run."""
+    parser.add_argument(
+        "--checkpoint",
+        default="tiny",
+        metavar="NAME",
+        help="a shipped preset, a folder in diffusers' layout, or a hub id (default tiny)",
+    )
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="default auto: a CUDA GPU where there is one")
+
+
+def observation_spec(args: argparse.Namespace, default: str) -> str:
+    """The spec that --observe or --task names.
+
+    Raises:
+        UserError: there is no such task.
+    """
+    if args.task is None:
+        return default if args.observe is None else str(args.observe)
+    from u4d.sample.observation import TASKS
+
+    task = TASKS.get(args.task.lower().replace("-", "_"))
+    if task is None:
+        raise UserError(f"--task: expected one of {', '.join(TASKS)}, got {args.task!r}")
+    return task.observe
+
+
+def existing(path: Path, name: str) -> Path:
+    """The path, if something is there.
+
+    Raises:
+        UserError: nothing is.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: {name}: no such file or folder")
+    return path
+
+
+def load_pipeline(checkpoint: str, device: str) -> Pipeline:
+    """The pipeline on its device; on a CPU it gets all cores that this process may use.
+
+    Raises:
+        UserError: no such checkpoint, a damaged one, or no such device.
+    """
+    import torch
+
+    from u4d.commands.console import quiet_libraries, use_all_cores
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: cuda was asked for, but torch sees no CUDA GPU; see 'u4d info'")
+    use_all_cores()
+    with quiet_libraries():
+        from u4d.pipeline import Pipeline
+
+        return Pipeline.from_pretrained(checkpoint, device=device)

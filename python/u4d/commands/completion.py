@@ -1,0 +1,193 @@
+"""Completing one input into a saved scene, with everything that is printed about it; `complete` and `demo` call it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from u4d.commands.arguments import existing, load_pipeline
+from u4d.commands.clip import Clip, read_clip
+from u4d.commands.comparison import compare, format_errors, known_truth, summary_errors
+from u4d.commands.console import Bars, format_facts, format_table
+from u4d.commands.output import check_scene_output
+from u4d.errors import UserError
+
+if TYPE_CHECKING:
+    from u4d.evaluate import EvaluationReport, TrivialPriors
+    from u4d.pipeline import Pipeline
+    from u4d.scene import Scene
+
+STAGES = ("load", "prepare", "denoise", "decode", "search", "compare", "save")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One completion: `u4d complete`'s options."""
+
+    source: Path
+    out: Path
+    observe: str = "rgb:all"
+    cameras: Path | None = None
+    steps: int = 40
+    guidance: float = 2.0
+    candidates: int = 1
+    seed: int = 0
+    frames: int | None = None
+    prompt: str = ""
+    checkpoint: str = "tiny"
+    device: str = "auto"
+    original_size: bool = False
+    lossless: bool = False
+    overwrite: bool = False
+
+
+def complete_to_folder(job: Job, priors: Callable[[int], TrivialPriors] | None = None) -> None:
+    """Complete, compare with whatever truth the input holds, save, and print.
+
+    Args:
+        job: what to do.
+        priors: gives the training averages for clips of so many frames, where trivial predictors shall use them.
+    Raises:
+        UserError: anything the user can mend; the output is then as it was.
+    """
+    existing(job.source, "INPUT")
+    if job.cameras is not None:
+        existing(job.cameras, "--cameras")
+    check_scene_output(job.out, job.overwrite)
+    began = time.perf_counter()
+    pipe = load_pipeline(job.checkpoint, job.device)
+    most = int(pipe.transformer.config.num_frames)
+    clip = read_clip(job.source, job.cameras, job.observe, min(job.frames or most, most))
+    seconds = {"load": time.perf_counter() - began}
+    print(opening(job, pipe, clip), flush=True)
+    result = run_pipeline(pipe, job, clip)
+    seconds |= result.report["timings_s"]
+    began = time.perf_counter()
+    truth = None if clip.completed else known_truth(clip.scene, clip.observation, result)
+    evaluation, notes = None, clip.notes + result.report["notes"]
+    if truth is not None:
+        averages = None if priors is None else priors(result.num_frames)
+        try:
+            evaluation = compare(result, truth, clip.observation, averages)
+        except UserError as error:  # a result is worth saving even where its comparison fails
+            notes = [*notes, f"not compared with the input's own depth and cameras: {error}"]
+        seconds["compare"] = time.perf_counter() - began
+    result = with_report(result, clip, notes, evaluation)
+    began = time.perf_counter()
+    save(result, job, clip, truth, evaluation)
+    seconds["save"] = time.perf_counter() - began
+    print(closing(result, job, clip, seconds, evaluation))
+
+
+def run_pipeline(pipe: Pipeline, job: Job, clip: Clip) -> Scene:
+    """The completion itself, under a progress bar."""
+    with Bars("step") as bars:
+        return pipe.complete(
+            clip.scene,
+            observe=clip.observation.spec,
+            steps=job.steps,
+            guidance=job.guidance,
+            candidates=job.candidates,
+            seed=job.seed,
+            prompt=job.prompt,
+            frames=job.frames,
+            original_size=job.original_size,
+            progress=bars,
+        )
+
+
+def with_report(result: Scene, clip: Clip, notes: list[str], evaluation: EvaluationReport | None) -> Scene:
+    """The result, its report telling also where it came from and how it compares."""
+    report = {**result.report, "source": clip.source, "notes": notes}
+    if evaluation is not None:
+        from u4d.evaluate.report import to_dict
+
+        report["evaluation"] = to_dict(evaluation)
+    return replace(result, report=report)
+
+
+def save(result: Scene, job: Job, clip: Clip, truth: Scene | None, evaluation: EvaluationReport | None) -> None:
+    """Write the folder, with the truth in its picture at the result's size."""
+    if truth is not None and (truth.rgb is not None or truth.depth is not None):
+        truth = truth.resized(result.image_size)
+    result.save(
+        job.out,
+        lossless=job.lossless,
+        overwrite=job.overwrite,
+        source=clip.scene,
+        truth=truth,
+        errors=None if evaluation is None else summary_errors(evaluation),
+    )
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+
+def opening(job: Job, pipe: Pipeline, clip: Clip) -> str:
+    """One line on what is about to happen."""
+    kept, total = len(clip.source["kept"]), clip.source["frames"]
+    frames = f"{total} frame{'s' if total != 1 else ''}" + (f", of which {kept} are taken" if kept < total else "")
+    return f"{job.source}: {frames}; observed {clip.source['observe']}; checkpoint {job.checkpoint} on {pipe.device}"
+
+
+def closing(result: Scene, job: Job, clip: Clip, seconds: dict[str, float], evaluation: EvaluationReport | None) -> str:
+    """The table at the end, the candidates, the errors where truth is known, and the notes."""
+    parts = [format_facts(result_facts(result, job, seconds))]
+    if len(result.report["errors"]) > 1:
+        parts.append(format_candidates(result))
+    if evaluation is not None:
+        parts.append(format_errors(evaluation))
+    if result.report["notes"]:
+        parts.append("\n".join(f"note: {note}" for note in result.report["notes"]))
+    return "\n" + "\n\n".join(parts)
+
+
+def result_facts(result: Scene, job: Job, seconds: dict[str, float]) -> list[tuple[str, str]]:
+    """What the result is, how well it agrees with itself, what it took and where it lies."""
+    from u4d.view.facts import scene_facts
+
+    report, agreement = result.report, result.report["consistency"]
+    metric = bool(report["metric"])
+    lengths = "metric: in the unit of the observed depth or cameras" if metric else "relative: no scale was given"
+    height, width = result.image_size
+    facts = [
+        ("frames", f"{result.num_frames} at {result.fps:.4g} fps"),
+        ("size", f"{width} x {height} pixels"),
+        ("lengths", lengths),
+        *scene_facts(result, None, " m" if metric else ""),
+        ("reprojection error", f"{agreement['reprojection_error']:.4f} over {agreement['overlap']:.0%} of the pixels"),
+    ]
+    if agreement["frames_without_camera"]:
+        facts.append(("without a camera fit", f"{agreement['frames_without_camera']} frames"))
+    order = [stage for stage in STAGES if stage in seconds]
+    order += [stage for stage in seconds if stage not in order]
+    facts.append(("seconds", ", ".join(f"{stage} {seconds[stage]:.1f}" for stage in order)))
+    facts.append(("memory, at most", f"{peak_memory_gib():.1f} GiB"))
+    facts.append(("written to", f"{job.out}: {', '.join(sorted(part.name for part in job.out.iterdir()))}"))
+    return facts
+
+
+def format_candidates(result: Scene) -> str:
+    """Every candidate's reprojection error and overlap, and which one was kept."""
+    report = result.report
+    table = [["candidate", "reprojection error", "overlap", ""]]
+    for k, error in enumerate(report["errors"]):
+        overlap = f"{report['overlap'][k]:.0%}" if report["overlap"] else "-"
+        table.append([str(k), f"{error:.4f}", overlap, "kept" if k == report["best"] else ""])
+    return format_table(table)
+
+
+def peak_memory_gib() -> float:
+    """Most memory that the process has held, on the GPU where one was used."""
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated() > 0:
+        return torch.cuda.max_memory_allocated() / 2**30
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2**30

@@ -1,0 +1,60 @@
+"""`u4d train`: run a recipe, or go on with a run that was stopped."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from u4d.commands.arguments import whole_number
+from u4d.errors import UserError
+
+SUMMARY = "train a checkpoint by a recipe, resuming a run that was stopped"
+INTERRUPTED = "the last saved step is kept: the same command goes on from there"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verb's arguments."""
+    parser.add_argument("recipe", metavar="RECIPE", help="what to train: see below")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="RUN", help="the run's folder")
+    parser.add_argument(
+        "--workers",
+        type=whole_number(0),
+        default=1,
+        metavar="N",
+        help="processes that render training clips (default 1); 0 renders between the steps",
+    )
+
+
+def epilog() -> str:
+    """Recipes and what a run leaves behind."""
+    from u4d.train.recipe import RECIPES
+
+    width = max(map(len, RECIPES))
+    lines = [f"  {name:<{width}}  {(make.__doc__ or '').strip().splitlines()[0]}" for name, make in RECIPES.items()]
+    return "\n".join(
+        [
+            "recipes:",
+            *lines,
+            "",
+            "RUN holds recipe.json, log.jsonl (one line a step), state.pt and checkpoint/ (diffusers layout).",
+            "Stop it at any time; the same command goes on. Then: u4d eval --checkpoint RUN/checkpoint",
+        ]
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train."""
+    from u4d.commands.output import check_run_output
+    from u4d.train.recipe import RECIPES
+
+    if args.recipe not in RECIPES:
+        raise UserError(f"RECIPE: expected one of {', '.join(RECIPES)}, got {args.recipe!r}")
+    check_run_output(args.out, "recipe.json")
+    from u4d.commands.console import quiet_libraries, use_all_cores
+
+    use_all_cores()
+    with quiet_libraries():
+        from u4d.train.loop import train
+
+        checkpoint = train(RECIPES[args.recipe](), args.out, workers=args.workers, progress=True)
+    print(f"checkpoint: {checkpoint}\nnext: u4d eval --checkpoint {checkpoint}")
