@@ -88,7 +88,7 @@ def test_metric_input_gives_metric_output(pipe: u4d.Pipeline, scene: u4d.Scene) 
     pose[:, :3, 3] *= 1000
     millimetres = u4d.Scene(rgb=scene.rgb, depth=scene.depth * 1000, intrinsics=scene.intrinsics, cam_to_world=pose)
     one, two = (pipe.complete(given, observe="rgb:all,depth:0", steps=2) for given in (scene, millimetres))
-    torch.testing.assert_close(one.depth * 1000, two.depth, rtol=1e-3, atol=0)
+    torch.testing.assert_close(one.depth * 1000, two.depth, rtol=1e-3, atol=0.1)
     torch.testing.assert_close(one.cam_to_world[:, :3, 3] * 1000, two.cam_to_world[:, :3, 3], rtol=1e-3, atol=1.0)
 
 
@@ -164,3 +164,16 @@ def test_rotations_are_proper(pipe: u4d.Pipeline, scene: u4d.Scene) -> None:
     torch.testing.assert_close(rotation @ rotation.mT, torch.eye(3).expand(6, 3, 3), rtol=0, atol=1e-4)
     assert bool((torch.linalg.det(rotation) > 0).all())
     assert bool((rotation_angle_rad(rotation) >= 0).all())
+
+
+def test_observed_frames_that_sampling_drops_are_an_error(pipe: u4d.Pipeline) -> None:
+    with pytest.raises(UserError, match="none of the 1 observed rgb frames"):
+        pipe.complete(u4d.Scene(rgb=torch.rand(20, 3, 32, 48)), observe="rgb:1", steps=1)
+
+
+def test_weights_that_overflow_are_named(debug_checkpoint: Path) -> None:
+    broken = u4d.Pipeline.from_pretrained(debug_checkpoint)
+    with torch.no_grad():
+        broken.transformer.proj_out.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match="checkpoint"):
+        broken.complete(u4d.Scene(rgb=torch.rand(2, 3, 32, 48)), steps=1)

@@ -151,6 +151,11 @@ class Pipeline(DiffusionPipeline):
             clean = self.encode(given, observation, anchor, scale)
         with clock.stage("denoise"):
             latents = self.sample(clean, observed, steps, guidance, candidates, seed, progress)
+            if not bool(torch.isfinite(latents).all()):
+                raise UserError(
+                    f"checkpoint {self.config._name_or_path}: sampling gave values that are not finite: its weights are "
+                    "damaged, or they overflow in this dtype; try float32"
+                )
         with clock.stage("decode"):
             drawn, residual = self.decode(latents, placement.num_frames, scale, shared_intrinsics)
             drawn = keep_observed(drawn, given, observation, anchor)

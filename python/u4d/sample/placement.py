@@ -48,7 +48,11 @@ def spread(length: int, count: int) -> Tensor:
 
 
 def place_observation(observation: Observation, placement: Placement) -> tuple[Observation, list[str]]:
-    """The observation over the clip's frames, and a note for every modality that loses observed frames."""
+    """The observation over the clip's frames, and a note for every modality that loses observed frames.
+
+    Raises:
+        UserError: a modality loses all of them.
+    """
     masks, notes = {}, []
     for name in ("rgb", "depth", "camera"):
         given: Tensor = getattr(observation, name)
@@ -56,6 +60,11 @@ def place_observation(observation: Observation, placement: Placement) -> tuple[O
         mask[placement.slots] = given[placement.kept]
         masks[name] = mask
         lost = int(given.sum() - mask.sum())
+        if lost and not bool(mask.any()):
+            raise UserError(
+                f"observe: none of the {lost} observed {name} frames is among the {placement.num_frames} that "
+                f"{observation.num_frames} frames are sampled down to ({', '.join(map(str, placement.kept.tolist()))})"
+            )
         if lost:
             notes.append(
                 f"{name}: {lost} of {int(given.sum())} observed frames are left out, "
