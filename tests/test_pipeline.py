@@ -177,3 +177,8 @@ def test_weights_that_overflow_are_named(debug_checkpoint: Path) -> None:
         broken.transformer.proj_out.bias.fill_(float("nan"))
     with pytest.raises(UserError, match="checkpoint"):
         broken.complete(u4d.Scene(rgb=torch.rand(2, 3, 32, 48)), steps=1)
+
+
+def test_one_camera_alone_is_no_measure(pipe: u4d.Pipeline, scene: u4d.Scene) -> None:
+    assert not pipe.complete(scene, observe="rgb:all,camera:0", steps=1).report["metric"]
+    assert pipe.complete(scene, observe="rgb:all,camera:0,-1", steps=1).report["metric"]

@@ -66,8 +66,8 @@ def save_checkpoint(folder: Path, transformer: Transformer, codec: TinyCodec, dt
         use_flow_sigmas=True, flow_shift=DEFAULT_SHIFT, prediction_type="flow_prediction"
     )
     # The plain cast: diffusers' own warns about modules that it keeps in float32 when it loads them.
-    weights = (torch.nn.Module.to(deepcopy(module), dtype) for module in (transformer, codec))
-    pipe = Pipeline(*weights, scheduler)
+    cast = torch.nn.Module.to
+    pipe = Pipeline(cast(deepcopy(transformer), dtype), cast(deepcopy(codec), dtype), scheduler)
     pipe.save_pretrained(fresh)
     if folder.exists():
         os.replace(folder, old)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,27 +17,19 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from u4d.checkpoint import find_checkpoint, load_components
-from u4d.clips import Clips
+from u4d.clips import Clips, join
+from u4d.diffusion.flow import LATENT_CHANNELS, STREAMS
 from u4d.diffusion.unipc import unipc_table
 from u4d.errors import UserError
-from u4d.geometry.cameras import relative_to_first
-from u4d.geometry.depth import clip_scale, valid_depth
-from u4d.model.codec import TinyCodec
+from u4d.geometry.cameras import invert_rigid
+from u4d.model.codec import CELL, TinyCodec
 from u4d.model.latents import Statistics, decode_latents, encode_streams
 from u4d.model.streams import to_clips, to_streams
 from u4d.model.transformer import Transformer
 from u4d.sample.denoise import denoise
-from u4d.sample.observation import (
-    Observation,
-    check_scene_has,
-    observed_groups,
-    parse_observation,
-    partially_observed,
-    usable_frames,
-)
-from u4d.sample.placement import place_frames, place_observation, place_scene
-from u4d.sample.report import consistency
-from u4d.sample.search import candidate_spread, choose_candidate, draw_candidate_noise, score_candidates
+from u4d.sample.given import Given, keep_observed, prepare
+from u4d.sample.report import consistency, describe, describe_search
+from u4d.sample.search import choose_candidate, draw_candidate_noise, score_candidates
 from u4d.scene import Scene
 
 Progress = Callable[[str, int, int], None]
@@ -82,7 +75,11 @@ class Pipeline(DiffusionPipeline):
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         source = find_checkpoint(name)
-        pipe = load_components(source, lambda: super(Pipeline, cls).from_pretrained(source, dtype=dtype, **options))
+
+        def load() -> Pipeline:
+            return super(Pipeline, cls).from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+
+        pipe = load_components(source, load)
         return pipe.to(device)
 
     @property
@@ -139,80 +136,53 @@ class Pipeline(DiffusionPipeline):
         with clock.stage("prepare"):
             if prompt and self.text_encoder is None:
                 raise UserError("prompt: this checkpoint has no text encoder, so it takes no prompt; leave it empty")
-            asked = parse_observation(observe, scene.num_frames)
-            check_scene_has(asked, scene)
             config = self.transformer.config
-            placement = place_frames(scene.num_frames, frames, config.num_frames)
-            placed, notes = place_observation(asked, placement)
-            observation = usable_frames(placed)
-            given = place_scene(scene, placement, tuple(config.image_size))
-            observed = observed_groups(observation).to(self.device)
-            anchor, scale = anchor_of(given, observation), scale_of(given, observation)
-            clean = self.encode(given, observation, anchor, scale)
+            given = prepare(scene, observe, frames, config.num_frames, tuple(config.image_size), self.device)
+            clean = self.encode(given)
         with clock.stage("denoise"):
-            latents = self.sample(clean, observed, steps, guidance, candidates, seed, progress)
+            latents = self.sample(clean, given.groups, steps, guidance, candidates, seed, progress)
             if not bool(torch.isfinite(latents).all()):
                 raise UserError(
-                    f"checkpoint {self.config._name_or_path}: sampling gave values that are not finite: its weights are "
-                    "damaged, or they overflow in this dtype; try float32"
+                    f"checkpoint {self.config._name_or_path}: sampling gave values that are not finite: "
+                    "its weights are damaged, or they overflow in this dtype; try float32"
                 )
         with clock.stage("decode"):
-            drawn, residual = self.decode(latents, placement.num_frames, scale, shared_intrinsics)
-            drawn = keep_observed(drawn, given, observation, anchor)
+            num_frames = given.placement.num_frames
+            drawn, residual = self.decode(latents, num_frames, given.scale, shared_intrinsics)
+            rgb, depth, intrinsics, cam_to_world = keep_observed(drawn, given).everything()
         with clock.stage("search"):
-            scores = score_candidates(drawn.rgb, drawn.depth, drawn.intrinsics, drawn.cam_to_world)
-            choice = choose_candidate(scores)
-        best = choice.best
+            scores = score_candidates(rgb, depth, intrinsics, cam_to_world)
+            best = choose_candidate(scores).best
         report = {
-            "observe": asked.spec,
-            "frames": placement.kept.tolist(),
-            "slots": placement.slots.tolist(),
-            "scale": scale,
-            "metric": bool(observation.depth.any() or observation.camera.any()),
-            "notes": notes + partially_observed(placed),
-            "steps": steps,
-            "guidance": guidance,
-            "seed": seed,
-            "best": best,
-            "errors": scores.error.tolist(),
-            "overlap": scores.overlap.mean(-1).tolist() if scores.overlap.shape[-1] else [],
+            **describe(given),
+            **{"steps": steps, "guidance": guidance, "seed": seed, "timings_s": clock.seconds},
+            **describe_search(scores, depth, best),
             "consistency": consistency(scores, residual, best),
-            "timings_s": clock.seconds,
         }
-        if candidates > 1:
-            report["depth_spread"] = candidate_spread(drawn.depth).cpu()
         result = Scene(
-            rgb=drawn.rgb[best].cpu(),
-            depth=drawn.depth[best].cpu(),
-            intrinsics=drawn.intrinsics[best].cpu(),
-            cam_to_world=drawn.cam_to_world[best].cpu(),
+            rgb=rgb[best].cpu(),
+            depth=depth[best].cpu(),
+            intrinsics=intrinsics[best].cpu(),
+            cam_to_world=cam_to_world[best].cpu(),
             caption=prompt or scene.caption,
             fps=given.fps,
-            scale=scale,
+            scale=given.scale,
             report=report,
         )
         return result.resized(scene.image_size) if original_size else result
 
-    def encode(self, given: Scene, observation: Observation, anchor: Tensor | None, scale: float) -> Tensor:
-        """Clean latents `[1,4,16,F,h,w]` of the observed streams; unobserved groups hold nothing of meaning."""
-        cameras = observation.camera[:, None, None]
-        relative = torch.eye(4)
-        if anchor is not None:
-            relative = torch.where(cameras, torch.linalg.inv(anchor) @ given.cam_to_world, torch.eye(4))
-        clips = Clips(
-            rgb=as_batch(given.rgb, observation.rgb),
-            depth=as_batch(given.depth, observation.depth),
-            intrinsics=as_batch(given.intrinsics, observation.camera),
-            cam_to_world=None if anchor is None else relative[None],
-        )
-        clips = Clips(*(None if part is None else part.to(self.device) for part in vars(clips).values()))
-        channels, height, width = self.latent_size
-        if all(part is None for part in vars(clips).values()):
-            groups = observed_groups(observation).shape[1]
-            return torch.zeros(1, 4, channels, groups, height, width, device=self.device)
-        streams = to_streams(
-            clips, torch.tensor([scale], device=self.device), tuple(self.transformer.config.image_size)
-        )
+    def encode(self, given: Given) -> Tensor:
+        """Clean latents `[1,4,16,F,h,w]` of what is observed; unobserved groups hold nothing of meaning."""
+        clip = given.clip
+        if given.anchor is not None and clip.cam_to_world is not None:
+            relative = invert_rigid(given.anchor.double()) @ clip.cam_to_world.double()
+            seen = given.observation.camera.to(self.device)[:, None, None]
+            clip = replace(clip, cam_to_world=torch.where(seen, relative, torch.eye(4).to(relative)).float())
+        height, width = self.transformer.config.image_size
+        if all(part is None for part in vars(clip).values()):
+            groups = given.groups.shape[1]
+            return torch.zeros(1, len(STREAMS), LATENT_CHANNELS, groups, height // CELL, width // CELL).to(self.device)
+        streams = to_streams(clip, torch.tensor([given.scale], device=self.device), (height, width))
         return encode_streams(streams, self.vae, self.statistics)
 
     def sample(
@@ -263,14 +233,7 @@ class Pipeline(DiffusionPipeline):
             clips, residual = to_clips(streams, num_frames, scales, shared_intrinsics)
             parts.append(clips)
             residuals.append(residual)
-        joined = (torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0]))
-        return Clips(*joined), torch.cat(residuals)
-
-    @property
-    def latent_size(self) -> tuple[int, int, int]:
-        """(channels, h, w) of this checkpoint's latents."""
-        height, width = self.transformer.config.image_size
-        return 16, height // 8, width // 8
+        return join(parts), torch.cat(residuals)
 
 
 class Clock:
@@ -293,38 +256,3 @@ def check_settings(steps: int, candidates: int, guidance: float) -> None:
             raise UserError(f"{name}: expected at least 1, got {value}")
     if not 0 <= guidance <= 100:
         raise UserError(f"guidance: expected 0 to 100 (1 switches it off), got {guidance}")
-
-
-def anchor_of(given: Scene, observation: Observation) -> Tensor | None:
-    """Pose `[4,4]` of the first observed camera: the model sees it as the identity. None where none is observed."""
-    if not bool(observation.camera.any()):
-        return None
-    return given.cam_to_world[int(observation.camera.nonzero()[0])]
-
-
-def scale_of(given: Scene, observation: Observation) -> float:
-    """The clip's scale from what is observed (spec.md section 1)."""
-    depth = given.depth[observation.depth] if observation.depth.any() else None
-    cameras = given.cam_to_world[observation.camera] if observation.camera.any() else None
-    return clip_scale(depth, cameras)
-
-
-def as_batch(values: Tensor | None, observed: Tensor) -> Tensor | None:
-    """One clip as a batch; None where nothing of it is observed."""
-    return values[None] if values is not None and bool(observed.any()) else None
-
-
-def keep_observed(drawn: Clips, given: Scene, observation: Observation, anchor: Tensor | None) -> Clips:
-    """Put the input's own images, depths and cameras in place of their coded copies, in the input's world frame."""
-    rgb, depth, intrinsics, cam_to_world = drawn.rgb, drawn.depth, drawn.intrinsics, drawn.cam_to_world
-    device = rgb.device
-    if observation.rgb.any():
-        rgb = torch.where(observation.rgb.to(device)[:, None, None, None], given.rgb.to(device), rgb)
-    if observation.depth.any():
-        truth = given.depth.to(device)
-        depth = torch.where(observation.depth.to(device)[:, None, None] & valid_depth(truth), truth, depth)
-    if anchor is None:
-        return Clips(rgb, depth, intrinsics, relative_to_first(cam_to_world))
-    seen = observation.camera.to(device)[:, None, None]
-    cam_to_world = torch.where(seen, given.cam_to_world.to(device), anchor.to(device) @ cam_to_world)
-    return Clips(rgb, depth, torch.where(seen, given.intrinsics.to(device), intrinsics), cam_to_world)

@@ -67,10 +67,11 @@ class CodecConfig:
 
     latent_channels: int = 16
     hidden: int = 96
+    decoder_hidden: int = 160
     depth: int = 2
 
     def __post_init__(self) -> None:
-        require_positive(self, "latent_channels", "hidden", "depth")
+        require_positive(self, "latent_channels", "hidden", "decoder_hidden", "depth")
 
 
 def is_positive(value: Any) -> bool:
@@ -152,7 +153,7 @@ def debug() -> Preset:
             motion_features=True,
             rgb_to_geometry=True,
         ),
-        CodecConfig(hidden=8, depth=1),
+        CodecConfig(hidden=8, decoder_hidden=16, depth=1),
     )
 
 

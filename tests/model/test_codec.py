@@ -102,7 +102,7 @@ def test_the_pca_start_is_the_best_linear_code() -> None:
     pixels, latents, samples = 64, 16, 500
     generator = torch.Generator().manual_seed(0)
     cells = torch.randn(samples, pixels, generator=generator) * torch.linspace(2, 0.05, pixels) + 3
-    coder = FrameCoder(pixels, latents, hidden=4, depth=1)
+    coder = FrameCoder(pixels, latents, hidden=4, decoder_hidden=8, depth=1)
     coder.start_as_pca(cells)
     codes = coder.encode(cells[..., None, None])
     error = (coder.decode(codes).flatten(1) - cells).square().sum()
@@ -111,6 +111,18 @@ def test_the_pca_start_is_the_best_linear_code() -> None:
     assert float(error) == pytest.approx(float((left_out**2).sum()), rel=1e-3)
     torch.testing.assert_close(torch.cov(codes.flatten(1).T, correction=0), torch.eye(latents), rtol=0, atol=1e-3)
     torch.testing.assert_close(codes.flatten(1).mean(0), torch.zeros(latents), rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_pca_start_survives_cells_that_hardly_vary() -> None:
+    """Fewer components than channels, such as an untextured wall: no division by nothing, and nothing is lost."""
+    generator = torch.Generator().manual_seed(0)
+    cells = torch.randn(100, 2, generator=generator) @ torch.randn(2, 64, generator=generator)
+    coder = FrameCoder(64, 16, hidden=4, decoder_hidden=8, depth=1)
+    coder.start_as_pca(cells)
+    codes = coder.encode(cells[..., None, None])
+    assert codes.abs().max() < 10
+    torch.testing.assert_close(coder.decode(codes).flatten(1), cells, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,12 @@ def test_what_is_not_known_stays_none() -> None:
     assert to_streams(Clips(depth=clips.depth), scale, SIZE).rgb is None
 
 
+def test_missing_streams_make_no_clip() -> None:
+    streams = to_streams(replace(random_clips(2), depth=None), torch.ones(2), SIZE)
+    with pytest.raises(ValueError, match="streams: expected all four, got no depth"):
+        to_clips(streams, 2, torch.ones(2))
+
+
 def test_invalid_depth_becomes_the_farthest_of_the_clip() -> None:
     clips = random_clips(4)
     holes = with_holes(clips.depth)
@@ -131,6 +137,14 @@ def test_scale_without_any_of_both_comes_from_the_truth() -> None:
     extent = float(np.linalg.norm(centres - centres[0], axis=1).max())
     assert scale_of(replace(clips, depth=None), context_of(10)) == pytest.approx(extent, rel=1e-6)
     assert scale_of(Clips(rgb=clips.rgb), context_of(10)) == 1.0
+
+
+def test_an_observed_depth_map_without_a_valid_pixel_says_nothing() -> None:
+    clips = random_clips(10, batch=1)
+    depth = clips.depth.clone()
+    depth[:, 0] = float("nan")
+    truth = float(np.median(depth[0, 1:].double().numpy()))
+    assert scale_of(replace(clips, depth=depth), context_of(10, depth=[0])) == pytest.approx(truth, rel=1e-6)
 
 
 def test_cameras_that_stand_still_give_scale_one() -> None:

@@ -72,15 +72,16 @@ def test_the_candidate_with_the_true_geometry_wins() -> None:
 
 
 def test_a_candidate_that_looks_away_does_not_win() -> None:
-    """With the last camera turned by 180 degrees nothing overlaps, so nothing disagrees, and the plain error is 0."""
+    """With the last camera turned by 180 degrees nothing overlaps: that counts as the largest error there is."""
     truth = wall_seen_from_a_moving_camera()
     candidates = {key: value.repeat(3, *[1] * (value.ndim - 1)) for key, value in truth.items()}
     candidates["depth"][0] *= 1.05
     candidates["cam_to_world"][1, -1, :3, :3] = torch.diag(torch.tensor([-1.0, 1.0, -1.0]))
     candidates["depth"][2] *= 1.15
     scores = score_candidates(**candidates, anchors=2)
-    assert int(scores.error.argmin()) == 1 and not scores.overlap[1].any()
-    assert choose_candidate(scores).best == 0
+    assert float(scores.error[1]) == 1 and not scores.overlap[1].any()
+    choice = choose_candidate(scores)
+    assert choice.best == 0 and int(choice.order[-1]) == 1
 
 
 def test_a_single_frame_has_nothing_to_compare() -> None:

@@ -89,6 +89,11 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a shipped preset, a folder in diffusers' layout, or a hub id (default tiny)",
     )
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where to run."""
     parser.add_argument("--device", choices=DEVICES, default="auto", help="default auto: a CUDA GPU where there is one")
 
 
@@ -119,20 +124,30 @@ def existing(path: Path, name: str) -> Path:
     return path
 
 
+def torch_device(device: str) -> str:
+    """What --device means on this machine: "cpu" or "cuda".
+
+    Raises:
+        UserError: no such device here.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: cuda was asked for, but torch sees no CUDA GPU; see 'u4d info'")
+    return device
+
+
 def load_pipeline(checkpoint: str, device: str) -> Pipeline:
     """The pipeline on its device; on a CPU it gets all cores that this process may use.
 
     Raises:
         UserError: no such checkpoint, a damaged one, or no such device.
     """
-    import torch
-
     from u4d.commands.console import quiet_libraries, use_all_cores
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: cuda was asked for, but torch sees no CUDA GPU; see 'u4d info'")
+    device = torch_device(device)
     use_all_cores()
     with quiet_libraries():
         from u4d.pipeline import Pipeline

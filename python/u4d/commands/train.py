@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from u4d.commands.arguments import whole_number
+from u4d.commands.arguments import add_device, torch_device, whole_number
 from u4d.errors import UserError
 
 SUMMARY = "train a checkpoint by a recipe, resuming a run that was stopped"
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that render training clips (default 1); 0 renders between the steps",
     )
+    add_device(parser)
 
 
 def epilog() -> str:
@@ -52,9 +53,10 @@ def run(args: argparse.Namespace) -> None:
     check_run_output(args.out, "recipe.json")
     from u4d.commands.console import quiet_libraries, use_all_cores
 
+    device = torch_device(args.device)
     use_all_cores()
     with quiet_libraries():
         from u4d.train.loop import train
 
-        checkpoint = train(RECIPES[args.recipe](), args.out, workers=args.workers, progress=True)
+        checkpoint = train(RECIPES[args.recipe](), args.out, workers=args.workers, device=device)
     print(f"checkpoint: {checkpoint}\nnext: u4d eval --checkpoint {checkpoint}")

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.functional import gelu, pixel_shuffle, pixel_unshuffle
@@ -30,16 +30,21 @@ class TinyCodec(ModelMixin, ConfigMixin):
 
     Args:
         latent_channels: channels of a latent.
-        hidden: width of the convolutional branches.
+        hidden, decoder_hidden: widths of the convolutional branches.
         depth: number of residual blocks in each branch.
     """
 
-    @register_to_config
-    def __init__(self, latent_channels: int = 16, hidden: int = 96, depth: int = 2) -> None:
+    def __init__(
+        self, latent_channels: int = 16, hidden: int = 96, decoder_hidden: int = 160, depth: int = 2
+    ) -> None:
         super().__init__()
+        self.register_to_config(
+            latent_channels=latent_channels, hidden=hidden, decoder_hidden=decoder_hidden, depth=depth
+        )
+        sizes = (latent_channels, hidden, decoder_hidden, depth)
         self.coders = nn.ModuleDict(
             {
-                coder_name(stream, frames): FrameCoder(channels * frames * CELL**2, latent_channels, hidden, depth)
+                coder_name(stream, frames): FrameCoder(channels * frames * CELL**2, *sizes)
                 for stream, channels in IMAGE_CHANNELS.items()
                 for frames in (1, FRAMES_PER_GROUP)
             }
@@ -89,15 +94,21 @@ class TinyCodec(ModelMixin, ConfigMixin):
         inner = self.decode_groups(by_frame[:, 1:-1], stream, FRAMES_PER_GROUP).flatten(1, 2)
         return torch.cat((single[:, :1], inner[:, : num_frames - 2], single[:, 1:]), dim=1)
 
+    def coder(self, stream: str, frames: int) -> FrameCoder:
+        """The pair of networks for groups of that many frames."""
+        coder = self.coders[coder_name(stream, frames)]
+        assert isinstance(coder, FrameCoder)
+        return coder
+
     def encode_groups(self, frames: Tensor, stream: str) -> Tensor:
         """Groups of 1 or 4 frames `[B,G,frames,C,H,W]` -> `[B,G,16,h,w]`, in the dtype of the frames."""
-        coder = self.coders[coder_name(stream, frames.shape[2])]
+        coder = self.coder(stream, frames.shape[2])
         cells = pixel_unshuffle(frames.flatten(2, 3).flatten(0, 1), CELL)
         return coder.encode(cells.to(self.dtype)).to(frames.dtype).unflatten(0, frames.shape[:2])
 
     def decode_groups(self, latents: Tensor, stream: str, frames: int) -> Tensor:
         """`[B,G,16,h,w]` -> `[B,G,frames,C,H,W]` in [-1,1], in the dtype of the latents."""
-        cells = self.coders[coder_name(stream, frames)].decode(latents.flatten(0, 1).to(self.dtype))
+        cells = self.coder(stream, frames).decode(latents.flatten(0, 1).to(self.dtype))
         images = pixel_shuffle(cells.to(latents.dtype), CELL).clamp(-1, 1)
         return images.unflatten(1, (frames, -1)).unflatten(0, latents.shape[:2])
 
@@ -124,12 +135,12 @@ def coder_name(stream: str, frames: int) -> str:
 class FrameCoder(nn.Module):
     """Encoder and decoder of one group of frames whose 8x8 cells are already stacked as channels."""
 
-    def __init__(self, pixels: int, latent_channels: int, hidden: int, depth: int) -> None:
+    def __init__(self, pixels: int, latent_channels: int, hidden: int, decoder_hidden: int, depth: int) -> None:
         super().__init__()
         self.analysis = nn.Conv2d(pixels, latent_channels, 1)
         self.synthesis = nn.Conv2d(latent_channels, pixels, 1)
         self.encoder = ResidualBranch(pixels, hidden, latent_channels, depth)
-        self.decoder = ResidualBranch(latent_channels, 2 * hidden, pixels, depth)
+        self.decoder = ResidualBranch(latent_channels, decoder_hidden, pixels, depth)
 
     def encode(self, cells: Tensor) -> Tensor:
         """`[G,pixels,h,w]` -> `[G,16,h,w]`."""
@@ -147,9 +158,9 @@ class FrameCoder(nn.Module):
         basis = basis[: self.analysis.out_channels]
         deviation = (singular[: len(basis)] / len(cells) ** 0.5).clamp_min(1e-4)
         self.analysis.weight.copy_((basis / deviation[:, None])[..., None, None])
-        self.analysis.bias.copy_(-(basis @ mean) / deviation)
+        self.analysis.get_parameter("bias").copy_(-(basis @ mean) / deviation)
         self.synthesis.weight.copy_((basis.T * deviation)[..., None, None])
-        self.synthesis.bias.copy_(mean)
+        self.synthesis.get_parameter("bias").copy_(mean)
 
 
 class ResidualBranch(nn.Module):
@@ -164,7 +175,7 @@ class ResidualBranch(nn.Module):
         )
         self.project_out = nn.Conv2d(hidden, channels_out, 1)
         nn.init.zeros_(self.project_out.weight)
-        nn.init.zeros_(self.project_out.bias)
+        nn.init.zeros_(self.project_out.get_parameter("bias"))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.project_in(x)

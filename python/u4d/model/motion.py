@@ -25,12 +25,15 @@ class MotionFeatures(nn.Module):
     The affine grey decoders are fitted by least squares to the codec (train/codec.py) and stored as buffers.
     """
 
+    grey_single: Tensor
+    grey_group: Tensor
+
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
         self.register_buffer("grey_single", torch.zeros(CELL**2, channels + 1))
         self.register_buffer("grey_group", torch.zeros(FRAMES_PER_GROUP * CELL**2, channels + 1))
         self.embed = nn.Conv2d(FEATURES, width, kernel_size=2, stride=2)
-        nn.init.zeros_(self.embed.bias)
+        nn.init.zeros_(self.embed.get_parameter("bias"))
 
     def forward(self, latents: Tensor, times: Tensor) -> Tensor:
         """latents `[B,16,F,h,w]`, times `[B,F]`; a latent frame counts as observed at t = 0."""

@@ -50,7 +50,13 @@ def to_clips(streams: Streams, num_frames: int, scale: Tensor, shared_intrinsics
     """Complete streams -> clips, and the residual `[B,N]` of each frame's camera fit (radians; inf: no camera found).
 
     The pinhole camera of a frame need not be the model's exact ray map; the residual tells how far off it is.
+
+    Raises:
+        ValueError: a stream is missing.
     """
+    if streams.rgb is None or streams.depth is None or streams.ray_dir is None or streams.ray_moment is None:
+        missing = [name for name, stream in vars(streams).items() if stream is None]
+        raise ValueError(f"streams: expected all four, got no {', '.join(missing)}")
     directions, moments = u4d_fast.unpack_rays(streams.ray_dir, streams.ray_moment, num_frames, scale)
     image_size = (streams.rgb.shape[-2], streams.rgb.shape[-1])
     intrinsics, cam_to_world, residual = u4d_fast.rays_to_cameras(

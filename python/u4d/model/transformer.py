@@ -138,7 +138,9 @@ class StackedPatchEmbedding(nn.Module):
 
 
 class StreamLink(nn.Module):
-    """Adds the RGB token of the same place to every geometry token, as far as RGB is signal and not noise.
+    """Adds the RGB token of the same place to every geometry token, as far as RGB is signal and not noise (1 - t).
+
+    It does not look at the group mask: hide RGB from geometry by its time t = 1, as history guidance does.
 
     Attention finds that pairing by itself, but only after very many clips; a small model is handed it.
     """
@@ -254,12 +256,23 @@ class FeedForward(nn.Module):
 
     def __init__(self, streams: int, width: int, hidden: int) -> None:
         super().__init__()
-        first = nn.Module()
-        first.proj = StackedLinear(streams, width, hidden)
-        self.net = nn.ModuleList([first, nn.Identity(), StackedLinear(streams, hidden, width)])
+        self.net = nn.Sequential(
+            GELUProjection(streams, width, hidden), nn.Identity(), StackedLinear(streams, hidden, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](gelu(self.net[0].proj(x), approximate="tanh"))
+        return self.net(x)
+
+
+class GELUProjection(nn.Module):
+    """Linear layer and tanh GELU."""
+
+    def __init__(self, streams: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.proj = StackedLinear(streams, in_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu(self.proj(x), approximate="tanh")
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

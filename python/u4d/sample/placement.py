@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from u4d.clips import Clips
 from u4d.errors import UserError
 from u4d.sample.observation import Observation
 from u4d.scene import Scene
@@ -73,24 +74,25 @@ def place_observation(observation: Observation, placement: Placement) -> tuple[O
     return Observation(**masks), notes
 
 
-def place_scene(scene: Scene, placement: Placement, image_size: tuple[int, int]) -> Scene:
-    """The scene's frames in their slots at the model's size; empty slots hold black, no depth and an identity camera.
+def observed_clip(scene: Scene, placement: Placement, observation: Observation, image_size: tuple[int, int]) -> Clips:
+    """What is observed of a scene, at the model's size, as a batch of one clip. It holds nothing else.
 
-    The values of empty slots are never looked at: nothing there is observed.
+    Other frames are black, without depth, with an identity camera; a modality that is not observed at all is None.
     """
-    if scene.rgb is not None or scene.depth is not None:
-        scene = scene.resized(image_size)
-    scene = scene.frames(placement.kept)
-    empty = {
-        "rgb": torch.zeros(3, *image_size),
-        "depth": torch.zeros(image_size),
-        "intrinsics": torch.eye(3),
-        "cam_to_world": torch.eye(4),
+    scene = (scene if scene.rgb is None and scene.depth is None else scene.resized(image_size)).frames(placement.kept)
+    blanks = {
+        "rgb": (observation.rgb, torch.zeros(3, *image_size)),
+        "depth": (observation.depth, torch.zeros(image_size)),
+        "intrinsics": (observation.camera, torch.eye(3)),
+        "cam_to_world": (observation.camera, torch.eye(4)),
     }
-    placed = {}
-    for name, blank in empty.items():
-        values = getattr(scene, name)
-        if values is not None:
-            placed[name] = blank.repeat(placement.num_frames, *[1] * blank.ndim)
-            placed[name][placement.slots] = values
-    return Scene(**placed, caption=scene.caption, fps=scene.fps)
+    parts: dict[str, Tensor] = {}
+    for name, (observed, blank) in blanks.items():
+        values: Tensor | None = getattr(scene, name)
+        if values is None or not bool(observed.any()):
+            continue
+        placed = blank.repeat(placement.num_frames, *[1] * blank.ndim)
+        shown = observed[placement.slots]
+        placed[placement.slots[shown]] = values[shown].to(placed)
+        parts[name] = placed[None]
+    return Clips(**parts)

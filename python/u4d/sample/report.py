@@ -1,17 +1,42 @@
-"""The consistency report: do images, depth and cameras of a completed scene agree under their own geometry?"""
+"""What `Scene.report` says about a completion: what was given, how the search went, and whether the result agrees with
+itself."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from u4d.sample.search import CandidateScores
+from u4d.sample.given import Given
+from u4d.sample.search import CandidateScores, candidate_spread
+
+
+def describe(given: Given) -> dict[str, Any]:
+    """What was observed, which of the scene's frames stand where in the clip, and the scale of the result."""
+    return {
+        "observe": given.spec,
+        "frames": given.placement.kept.tolist(),
+        "slots": given.placement.slots.tolist(),
+        "scale": given.scale,
+        "metric": given.metric,
+        "notes": given.notes,
+    }
+
+
+def describe_search(scores: CandidateScores, depth: Tensor, best: int) -> dict[str, Any]:
+    """Every candidate's error and mean overlap, which one was kept, and how far their depths `[L,N,H,W]` differ."""
+    found: dict[str, Any] = {
+        "best": best,
+        "errors": scores.error.tolist(),
+        "overlap": scores.overlap.mean(-1).tolist() if scores.overlap.shape[-1] else [],
+    }
+    return found if len(depth) == 1 else found | {"depth_spread": candidate_spread(depth).cpu()}
 
 
 def consistency(scores: CandidateScores, residual: Tensor, best: int) -> dict[str, float | int]:
-    """Numbers about one candidate.
+    """Do images, depth and cameras of one candidate agree under their own geometry?
 
     Args:
         scores: reprojection scores of all candidates.

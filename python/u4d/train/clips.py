@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from u4d.clips import Clips
+from u4d.clips import Clips, join
 from u4d.data.procedural import render_clips
 
 RENDER_CHUNK = 8
@@ -38,7 +38,7 @@ def render_window(indices: range, frames: int, image_size: tuple[int, int], spli
         )
         for start in range(0, len(indices), RENDER_CHUNK)
     ]
-    return Clips(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Clips)))
+    return join(parts)
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,7 @@ def batches(
     step = start
     for window in loader:
         while step < stop and step // schedule.steps_per_window == first:
-            yield take(window, schedule.positions(step))
+            positions = schedule.positions(step)
+            yield window.map(lambda part, positions=positions: part[positions])
             step += 1
         first += 1
-
-
-def take(clips: Clips, positions: torch.Tensor) -> Clips:
-    """Those clips of a batch."""
-    return Clips(*(getattr(clips, field.name)[positions] for field in fields(Clips)))
-
-
-def cut_frames(clips: Clips, frames: int, start: int) -> Clips:
-    """Frames start..start+frames-1 of every clip."""
-    return Clips(*(getattr(clips, field.name)[:, start : start + frames] for field in fields(Clips)))

@@ -38,7 +38,7 @@ def train_codec(recipe: Recipe, report: Callable[[int, dict[str, float]], None])
             groups = image_groups(first, stream, length)
             cells = pixel_unshuffle(groups.flatten(1, 2), CELL).permute(0, 2, 3, 1).flatten(0, 2)
             picked = torch.randperm(len(cells))[:20000]
-            codec.coders[coder_name(stream, length)].start_as_pca(cells[picked])
+            codec.coder(stream, length).start_as_pca(cells[picked])
     optimizer = torch.optim.AdamW(codec.parameters(), lr=recipe.codec.lr, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(recipe.codec.steps):
         rate = min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / recipe.codec.steps))
@@ -133,7 +133,7 @@ def channel_weights(codec: TinyCodec, statistics: Statistics) -> Tensor:
     """
     weights = torch.ones(4, LATENT_CHANNELS)
     for index, stream in enumerate(IMAGE_CHANNELS):
-        synthesis = codec.coders[coder_name(stream, FRAMES_PER_GROUP)].synthesis.weight.detach().flatten(1)
+        synthesis = codec.coder(stream, FRAMES_PER_GROUP).synthesis.weight.detach().flatten(1)
         effect = synthesis.norm(dim=0) * statistics.std[index]
         weights[index] = effect / effect.mean()
     return weights

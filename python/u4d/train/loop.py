@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +27,16 @@ from u4d.train.recipe import Optim, Recipe
 from u4d.train.step import training_loss
 
 
-def train(recipe: Recipe, out: Path, *, workers: int = 1, progress: bool = True) -> Path:
+def train(
+    recipe: Recipe, out: Path, *, workers: int = 1, device: str | torch.device = "cpu", progress: bool = True
+) -> Path:
     """Train codec and transformer into `out/checkpoint`, resuming whatever `out` already holds.
 
     Args:
         recipe: what to train.
         out: run folder: recipe.json, log.jsonl, state.pt, codec/ and checkpoint/.
         workers: rendering processes; 0 renders in this one.
+        device: where the transformer is trained; codec and statistics are made on the CPU.
     Returns:
         the checkpoint folder (diffusers layout, EMA weights).
     Raises:
@@ -41,11 +46,12 @@ def train(recipe: Recipe, out: Path, *, workers: int = 1, progress: bool = True)
     claim(out, recipe)
     codec = prepare_codec(recipe, out, progress)
     statistics, streams = measure_statistics(codec, recipe)
-    model = build(recipe, codec, statistics, streams)
+    weights = channel_weights(codec, statistics).to(device)
+    model = build(recipe, codec, statistics, streams).to(device)
+    codec = codec.to(device)
     average = deepcopy(model).eval().requires_grad_(False)
     optimizer = make_optimizer(model, recipe.optim)
     start = restore(out, model, average, optimizer)
-    weights = channel_weights(codec, statistics)
     schedule = Schedule(recipe.window, recipe.batch, recipe.draws, recipe.seed)
     frames, size = recipe.preset.transformer.num_frames, recipe.preset.transformer.image_size
     clips = batches(schedule, frames, size, start, recipe.steps, workers)
@@ -56,7 +62,7 @@ def train(recipe: Recipe, out: Path, *, workers: int = 1, progress: bool = True)
         batch = next(clips)
         waited = time.perf_counter() - began
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        with efficient_attention():
+        with efficient_attention(weights.device):
             loss = training_loss(model, codec, statistics, batch, recipe.phase_at(step), weights, generator)
             optimizer.zero_grad(set_to_none=True)
             loss.total.backward()
@@ -128,9 +134,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: in
         group["lr"] = optim.lr * min(1.0, warm, left)
 
 
-def efficient_attention():
-    """On a CPU, plain bf16 products are 1.4x as fast in training as the fused kernel (docs/lab-notes.md)."""
-    if torch.cuda.is_available():
+def efficient_attention(device: torch.device) -> AbstractContextManager[None]:
+    """On a CPU, plain bf16 products are 1.3x as fast in training as the fused kernel (docs/lab-notes.md)."""
+    if device.type == "cuda":
         return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     return sdpa_kernel([SDPBackend.MATH])
@@ -178,12 +184,22 @@ def save(
 
 
 def restore(out: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load the state that `out` holds, if any; returns the step to go on from."""
+    """Load the state that `out` holds, if any; returns the step to go on from. The log is cut back to that step.
+
+    Raises:
+        UserError: the state is damaged.
+    """
     path = out / "state.pt"
     if not path.exists():
         return 0
-    state = torch.load(path, weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise UserError(f"{path}: damaged, so this run can't go on: {error}; delete it to start again") from error
     model.load_state_dict(state["model"])
     average.load_state_dict(state["average"])
     optimizer.load_state_dict(state["optim"])
-    return int(state["step"])
+    step = int(state["step"])
+    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    (out / "log.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] < step))
+    return step

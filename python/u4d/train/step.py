@@ -15,7 +15,6 @@ from u4d.geometry.cameras import relative_to_first
 from u4d.model.latents import Codec, Statistics, encode_streams
 from u4d.model.streams import observed_scale, to_streams
 from u4d.model.transformer import Transformer
-from u4d.train.clips import cut_frames
 from u4d.train.recipe import Phase
 from u4d_fast.time_layout import frame_groups
 
@@ -31,9 +30,11 @@ def training_loss(
 ) -> FlowLoss:
     """Flow-matching loss of a batch of fully known clips under one random task per clip.
 
-    Everything random comes from `generator`, so a step depends on its seed and its clips alone.
+    Everything random comes from `generator`, which is the CPU's whatever the model's device is, so a step depends on
+    its seed and its clips alone.
     """
-    clips = random_cut(clips, phase, generator)
+    device = weights.device
+    clips = random_cut(clips, phase, generator).to(device)
     groups = frame_groups(clips.rgb.shape[1])
     available = draw_available(len(clips.rgb), phase.rgb_only, generator)
     task = draw_batch(
@@ -46,13 +47,13 @@ def training_loss(
         supervise_context=phase.target_floor == "uniform",
     )
     with torch.no_grad():
-        scale = observed_scale(clips, task.context, groups)
+        scale = observed_scale(clips, task.context, groups).to(device)
         clean = encode_streams(to_streams(clips, scale, tuple(clips.rgb.shape[-2:])), codec, statistics)
-    noise = draw_noise(clean.shape, generator)
-    noisy = noisy_latents(clean, noise, task.times)
-    with torch.autocast(clean.device.type, torch.bfloat16):
-        velocity = model(noisy, task.times)
-    return flow_matching_loss(velocity, velocity_target(clean, noise), task.supervised, weights)
+    noise, times = draw_noise(clean.shape, generator, device=device), task.times.to(device)
+    noisy = noisy_latents(clean, noise, times)
+    with torch.autocast(device.type, torch.bfloat16):
+        velocity = model(noisy, times)
+    return flow_matching_loss(velocity, velocity_target(clean, noise), task.supervised.to(device), weights)
 
 
 def draw_available(batch: int, rgb_only: float, generator: torch.Generator) -> Tensor:
@@ -68,5 +69,5 @@ def random_cut(clips: Clips, phase: Phase, generator: torch.Generator) -> Clips:
     odds = torch.tensor([phase.frames[length] for length in lengths])
     frames = min(lengths[int(torch.multinomial(odds, 1, generator=generator))], clips.rgb.shape[1])
     start = int(torch.randint(clips.rgb.shape[1] - frames + 1, (1,), generator=generator))
-    cut = cut_frames(clips, frames, start)
+    cut = clips.map(lambda part: part[:, start : start + frames])
     return replace(cut, cam_to_world=relative_to_first(cut.cam_to_world))
