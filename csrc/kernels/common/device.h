@@ -1,0 +1,14 @@
+// The few questions about CUDA that bindings need answered without including CUDA's headers.
+#pragma once
+
+#include "kernels/common/status.h"
+
+namespace u4d::cuda {
+
+// Makes `device` current for this thread. Torch's copy of the CUDA runtime and ours keep separate notes of that.
+Status set_device(int device);
+
+// Text for a positive status.
+const char* error_text(Status status);
+
+}  // namespace u4d::cuda

@@ -1,0 +1,42 @@
+"""Fixtures of the kernel tests."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import pytest
+import torch
+from shim_compiler import op_library
+
+from u4d_fast import backend as backends
+
+HostShim = Callable[[str, str], AbstractContextManager[None]]
+
+
+@pytest.fixture
+def host_shim(monkeypatch: pytest.MonkeyPatch) -> HostShim:
+    """`with host_shim(op, order):` runs the op's CUDA source where the CPU kernel would run.
+
+    `order` is "forward" or "reverse", the order in which the threads of a block take their turns. Ask for
+    `backend="cpu"` inside.
+    """
+
+    @contextlib.contextmanager
+    def run(op: str, order: str) -> Iterator[None]:
+        library = op_library(op)
+        library.u4d_shim_last_thread_first({"forward": 0, "reverse": 1}[order])
+
+        def call(name: str, device: torch.device, *arguments: int | float) -> None:
+            as_c = [ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_double(a) for a in arguments]
+            status = getattr(library, f"{name}_cuda")(ctypes.c_void_p(None), *as_c)
+            if status != 0:
+                raise ValueError(f"{name}: status {status}")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(backends, "call", call)
+            yield
+
+    return run
