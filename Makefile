@@ -26,7 +26,7 @@ help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
 
 demo: setup
-	$(BIN)/u4d demo $(if $(CLIP),"$(CLIP)")
+	$(BIN)/u4d demo $(if $(CLIP),--clip "$(CLIP)")
 
 test: setup-dev
 	OMP_NUM_THREADS=$(CORES) $(BIN)/python -m pytest -q

@@ -14,6 +14,10 @@ import u4d_fast
 from u4d.clips import Clips
 from u4d.geometry.depth import channel_to_depth, clip_scale, depth_to_channel, fill_invalid, valid_depth
 
+# A decoded channel is off by about .02 (40 dB), and near -1 that is the difference between 100 and infinitely many
+# scales: what lies beyond counts as 100 scales away, or a few pixels of sky would outweigh the picture.
+FARTHEST = 2 / (1 + 100) - 1
+
 
 @dataclass(frozen=True)
 class Streams:
@@ -64,7 +68,7 @@ def to_clips(streams: Streams, num_frames: int, scale: Tensor, shared_intrinsics
     )
     clips = Clips(
         rgb=((streams.rgb + 1) / 2).clamp(0, 1),
-        depth=channel_to_depth(streams.depth[:, :, 0], scale),
+        depth=channel_to_depth(streams.depth[:, :, 0].clamp_min(FARTHEST), scale),
         intrinsics=intrinsics,
         cam_to_world=cam_to_world,
     )
