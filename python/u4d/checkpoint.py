@@ -10,7 +10,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from u4d.model.codec import TinyCodec
     from u4d.model.transformer import Transformer
 
+Loaded = TypeVar("Loaded")
 SHIPPED = Path(__file__).parent / "weights"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -75,7 +76,7 @@ def save_checkpoint(folder: Path, transformer: Transformer, codec: TinyCodec, dt
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_components(source: Path | str, load: Callable[[], Any]) -> Any:
+def load_components(source: Path | str, load: Callable[[], Loaded]) -> Loaded:
     """Run diffusers' loader, after the checks that it does not make; whatever is wrong becomes one clear line.
 
     Raises:

@@ -44,6 +44,8 @@ class Pipeline(DiffusionPipeline):
     """
 
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
+    transformer: Transformer
+    vae: TinyCodec
 
     def __init__(
         self,
@@ -77,10 +79,11 @@ class Pipeline(DiffusionPipeline):
         source = find_checkpoint(name)
 
         def load() -> Pipeline:
-            return super(Pipeline, cls).from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+            pipe: Pipeline = super(Pipeline, cls).from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+            return pipe
 
-        pipe = load_components(source, load)
-        return pipe.to(device)
+        placed: Pipeline = load_components(source, load).to(device)
+        return placed
 
     @property
     def statistics(self) -> Statistics:
@@ -222,7 +225,8 @@ class Pipeline(DiffusionPipeline):
 
     def velocity(self, latents: Tensor, times: Tensor) -> Tensor:
         """The transformer in its own dtype."""
-        return self.transformer(latents.to(self.transformer.dtype), times)
+        velocity: Tensor = self.transformer(latents.to(self.transformer.dtype), times)
+        return velocity
 
     def decode(self, latents: Tensor, num_frames: int, scale: float, shared_intrinsics: bool) -> tuple[Clips, Tensor]:
         """Candidates' clips and camera residuals, decoded one by one to bound memory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_colours_follow_the_true_geometry_and_no_other() -> None:
     clips = render_clips(static, "val", frames=18, size=(48, 64))
     source, target, errors = 12, 0, {}
     for factor in (1.0, 0.85, 1.15):
-        pixel, depth = project(clips, world_points(clips._replace(depth=clips.depth * factor))[:, target], source)
+        pixel, depth = project(clips, world_points(replace(clips, depth=clips.depth * factor))[:, target], source)
         grid = (pixel / torch.tensor([32.0, 24.0]) - 1.0).float()[:, None]
         colour = torch.nn.functional.grid_sample(clips.rgb[:, source], grid, align_corners=False)[:, :, 0]
         if factor == 1.0:  # visible in both frames, by the true geometry
@@ -112,7 +113,7 @@ def test_colours_follow_the_true_geometry_and_no_other() -> None:
 
 
 def test_values_are_in_range(clips: Clips) -> None:
-    assert all(torch.isfinite(field).all() and field.dtype == torch.float32 for field in clips)
+    assert all(torch.isfinite(field).all() and field.dtype == torch.float32 for field in clips.everything())
     assert clips.rgb.min() >= 0.0
     assert clips.rgb.max() <= 1.0
     assert clips.depth.min() > 0.02
@@ -135,7 +136,7 @@ def test_same_index_gives_the_same_clip_whatever_the_batch() -> None:
     together = render_clips([5, 3, 11], frames=4, size=SMALL)
     for row, index in enumerate([5, 3, 11]):
         alone = render_clips([index], frames=4, size=SMALL)
-        for batched, single in zip(together, alone, strict=True):
+        for batched, single in zip(together.everything(), alone.everything(), strict=True):
             torch.testing.assert_close(batched[row], single[0], rtol=0, atol=1e-5)
 
 
@@ -282,7 +283,7 @@ def test_data_set_yields_scenes_equal_to_the_batched_path() -> None:
     assert len(ProceduralScenes("train")) == 1_000_000
     scene = scenes[7]
     clip = render_clips([7], "val", frames=3, size=SMALL, seed=2)
-    for name in Clips._fields:
+    for name in vars(clip):
         assert torch.equal(getattr(scene, name), getattr(clip, name)[0])
     assert torch.equal(scenes[-1].depth, scenes[999].depth)
 

@@ -34,9 +34,7 @@ class TinyCodec(ModelMixin, ConfigMixin):
         depth: number of residual blocks in each branch.
     """
 
-    def __init__(
-        self, latent_channels: int = 16, hidden: int = 96, decoder_hidden: int = 160, depth: int = 2
-    ) -> None:
+    def __init__(self, latent_channels: int = 16, hidden: int = 96, decoder_hidden: int = 160, depth: int = 2) -> None:
         super().__init__()
         self.register_to_config(
             latent_channels=latent_channels, hidden=hidden, decoder_hidden=decoder_hidden, depth=depth

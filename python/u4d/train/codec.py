@@ -12,6 +12,7 @@ from torch.nn.functional import mse_loss, pixel_unshuffle
 
 from u4d.clips import Clips
 from u4d.diffusion.flow import LATENT_CHANNELS, RAY_CHANNELS
+from u4d.errors import UserError
 from u4d.geometry.cameras import relative_to_first
 from u4d.model.codec import CELL, IMAGE_CHANNELS, TinyCodec, coder_name
 from u4d.model.latents import Statistics, encode_streams
@@ -27,9 +28,15 @@ REUSE = 8  # steps on one rendered window
 
 
 def train_codec(recipe: Recipe, report: Callable[[int, dict[str, float]], None]) -> TinyCodec:
-    """Start as PCA, then minimise the squared error of RGB and of the depth channel."""
+    """Start as PCA, then minimise the squared error of RGB and of the depth channel.
+
+    Raises:
+        UserError: the preset has no codec of its own.
+    """
     config, size = recipe.preset.codec, recipe.preset.transformer.image_size
     torch.manual_seed(recipe.seed)
+    if config is None:
+        raise UserError(f"preset: expected one with a codec of its own, got {recipe.preset.name!r}")
     codec = TinyCodec(**asdict(config))
     frames = recipe.preset.transformer.num_frames
     first = images_of(render_window(range(recipe.codec.pca_clips), frames, size))
@@ -47,6 +54,7 @@ def train_codec(recipe: Recipe, report: Callable[[int, dict[str, float]], None])
         if step % REUSE == 0:
             start = recipe.codec.pca_clips + step // REUSE * recipe.codec.window
             window = images_of(render_window(range(start, start + recipe.codec.window), 6, size))
+        assert window.rgb is not None and window.depth is not None
         picked = torch.randperm(recipe.codec.window)[: recipe.codec.clips_per_step]
         errors = reconstruction_errors(codec, Streams(rgb=window.rgb[picked], depth=window.depth[picked]))
         optimizer.zero_grad(set_to_none=True)
@@ -54,7 +62,8 @@ def train_codec(recipe: Recipe, report: Callable[[int, dict[str, float]], None])
         torch.stack([error.log() for error in errors.values()]).sum().backward()
         optimizer.step()
         report(step, {name: psnr(float(error.detach())) for name, error in errors.items()})
-    return codec.eval()
+    codec.eval()
+    return codec
 
 
 def images_of(clips: Clips) -> Streams:
@@ -64,14 +73,16 @@ def images_of(clips: Clips) -> Streams:
 
 def streams_of(clips: Clips) -> Streams:
     """All streams of the clips, scaled by their median depth."""
-    groups = frame_groups(clips.rgb.shape[1])
-    context = torch.zeros(len(clips.rgb), 4, len(groups), dtype=torch.bool)
-    return to_streams(clips, observed_scale(clips, context, groups), tuple(clips.rgb.shape[-2:]))
+    assert clips.rgb is not None
+    batch, frames, _, height, width = clips.rgb.shape
+    groups = frame_groups(frames)
+    context = torch.zeros(batch, 4, len(groups), dtype=torch.bool)
+    return to_streams(clips, observed_scale(clips, context, groups), (height, width))
 
 
 def image_groups(streams: Streams, stream: str, length: int) -> Tensor:
     """All groups of one kind: `[M,length,C,H,W]`."""
-    clip = getattr(streams, stream)
+    clip: Tensor = getattr(streams, stream)
     groups = frame_groups(clip.shape[1])
     picked = groups[[0, -1], :1] if length == 1 else groups[1:-1]
     return clip[:, picked].flatten(0, 1)
@@ -99,10 +110,10 @@ def measure_statistics(codec: TinyCodec, recipe: Recipe) -> tuple[Statistics, St
     """Per stream and channel mean and deviation over fresh clips; also returns those clips' streams."""
     config = recipe.preset.transformer
     clips = render_window(range(recipe.codec.statistics_clips), config.num_frames, config.image_size, split="val")
-    clips = replace(clips, cam_to_world=relative_to_first(clips.cam_to_world))
-    streams = streams_of(clips)
+    _, _, intrinsics, cam_to_world = clips.everything()
+    streams = streams_of(replace(clips, cam_to_world=relative_to_first(cam_to_world)))
     width = config.image_size[1]
-    fov_rad = float((2 * torch.atan(width / 2 / clips.intrinsics[..., 0, 0])).mean())
+    fov_rad = float((2 * torch.atan(width / 2 / intrinsics[..., 0, 0])).mean())
     unit = Statistics(torch.zeros(4, LATENT_CHANNELS), torch.ones(4, LATENT_CHANNELS), fov_rad)
     latents = encode_streams(streams, codec, unit)
     flat = latents.permute(1, 2, 0, 3, 4, 5).flatten(2)  # [4,16,M]

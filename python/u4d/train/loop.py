@@ -20,6 +20,7 @@ from u4d.checkpoint import save_checkpoint
 from u4d.errors import UserError
 from u4d.model.codec import TinyCodec
 from u4d.model.latents import Statistics
+from u4d.model.streams import Streams
 from u4d.model.transformer import Transformer
 from u4d.train.clips import Schedule, batches
 from u4d.train.codec import channel_weights, fit_grey_decoders, measure_statistics, train_codec
@@ -90,7 +91,8 @@ def prepare_codec(recipe: Recipe, out: Path, progress: bool) -> TinyCodec:
     """The run's codec: loaded if it was trained before."""
     folder = out / "codec"
     if folder.exists():
-        return TinyCodec.from_pretrained(folder).eval()
+        trained: TinyCodec = TinyCodec.from_pretrained(folder).eval()
+        return trained
     with tqdm(total=recipe.codec.steps, disable=not progress, unit="step", desc="codec") as bar:
 
         def report(step: int, values: dict[str, float]) -> None:
@@ -102,7 +104,7 @@ def prepare_codec(recipe: Recipe, out: Path, progress: bool) -> TinyCodec:
     return codec
 
 
-def build(recipe: Recipe, codec: TinyCodec, statistics: Statistics, streams: object) -> Transformer:
+def build(recipe: Recipe, codec: TinyCodec, statistics: Statistics, streams: Streams) -> Transformer:
     """A fresh model that carries its latent statistics."""
     torch.manual_seed(recipe.seed)
     config = replace(
@@ -151,7 +153,8 @@ def require_finite(loss: Tensor, norm: Tensor, step: int, out: Path) -> None:
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, keep: float) -> None:
     """Exponential moving average of the weights."""
-    mine, theirs = list(average.parameters()), list(model.parameters())
+    mine: list[Tensor] = list(average.parameters())
+    theirs: list[Tensor] = list(model.parameters())
     torch._foreach_lerp_(mine, theirs, 1 - keep)
 
 

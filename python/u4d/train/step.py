@@ -35,8 +35,9 @@ def training_loss(
     """
     device = weights.device
     clips = random_cut(clips, phase, generator).to(device)
-    groups = frame_groups(clips.rgb.shape[1])
-    available = draw_available(len(clips.rgb), phase.rgb_only, generator)
+    rgb, *_ = clips.everything()
+    groups = frame_groups(rgb.shape[1])
+    available = draw_available(len(rgb), phase.rgb_only, generator)
     task = draw_batch(
         available,
         len(groups),
@@ -48,7 +49,7 @@ def training_loss(
     )
     with torch.no_grad():
         scale = observed_scale(clips, task.context, groups).to(device)
-        clean = encode_streams(to_streams(clips, scale, tuple(clips.rgb.shape[-2:])), codec, statistics)
+        clean = encode_streams(to_streams(clips, scale, (rgb.shape[-2], rgb.shape[-1])), codec, statistics)
     noise, times = draw_noise(clean.shape, generator, device=device), task.times.to(device)
     noisy = noisy_latents(clean, noise, times)
     with torch.autocast(device.type, torch.bfloat16):
@@ -67,7 +68,9 @@ def random_cut(clips: Clips, phase: Phase, generator: torch.Generator) -> Clips:
     """A random stretch of the length that the phase asks for, its cameras relative to its first."""
     lengths = sorted(phase.frames)
     odds = torch.tensor([phase.frames[length] for length in lengths])
-    frames = min(lengths[int(torch.multinomial(odds, 1, generator=generator))], clips.rgb.shape[1])
-    start = int(torch.randint(clips.rgb.shape[1] - frames + 1, (1,), generator=generator))
+    *_, cam_to_world = clips.everything()
+    total = cam_to_world.shape[1]
+    frames = min(lengths[int(torch.multinomial(odds, 1, generator=generator))], total)
+    start = int(torch.randint(total - frames + 1, (1,), generator=generator))
     cut = clips.map(lambda part: part[:, start : start + frames])
-    return replace(cut, cam_to_world=relative_to_first(cut.cam_to_world))
+    return replace(cut, cam_to_world=relative_to_first(cam_to_world[:, start : start + frames]))

@@ -59,9 +59,5 @@ class ProceduralScenes(torch.utils.data.Dataset["Scene"]):
         if not 0 <= number < len(self):
             raise IndexError(f"index: expected -{len(self)}..{len(self) - 1} in split {self.split!r}, got {index}")
         clips = render_clips([number], self.split, self.frames, self.size, self.seed, compile=self.compile)
-        return Scene(
-            rgb=clips.rgb[0],
-            depth=clips.depth[0],
-            intrinsics=clips.intrinsics[0],
-            cam_to_world=clips.cam_to_world[0],
-        )
+        rgb, depth, intrinsics, cam_to_world = clips.everything()
+        return Scene(rgb=rgb[0], depth=depth[0], intrinsics=intrinsics[0], cam_to_world=cam_to_world[0])
