@@ -5,8 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
+
+import u4d_fast
+
+KERNELS = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+BACKENDS = ["reference", *KERNELS]
+SIZE = (240, 320)
+SMALL = (72, 96)
 
 
 @dataclass(frozen=True)
@@ -108,3 +116,15 @@ def assert_camera_close(
     assert (cam_to_world[..., :3, :3] - cameras.cam_to_world[..., :3, :3]).abs().amax((-1, -2))[where].max() < relative
     away = (cam_to_world[..., :3, 3] - cameras.cam_to_world[..., :3, 3]).norm(dim=-1)
     assert (away / cameras.cam_to_world[..., :3, 3].norm(dim=-1).clamp_min(1.0))[where].max() < relative
+
+
+def fit(directions: Tensor, moments: Tensor, size: tuple[int, int], backend: str, **options) -> tuple[Tensor, ...]:
+    """The op in float32 on the device of its backend; results on the CPU, and never NaN."""
+    device = "cuda" if backend == "cuda" else "cpu"
+    if "intrinsics" in options:
+        options["intrinsics"] = options["intrinsics"].float().to(device)
+    given = (directions.float().to(device), moments.float().to(device))
+    found = u4d_fast.rays_to_cameras(*given, size, backend=backend, **options)
+    assert not any(value.isnan().any() for value in found)
+    assert found[0].isfinite().all() and found[1].isfinite().all()
+    return tuple(value.cpu() for value in found)
