@@ -1,6 +1,6 @@
 """Put a trained checkpoint into the package, so that `Pipeline.from_pretrained(NAME)` finds it.
 
-    python scripts/ship_checkpoint.py runs/tiny/checkpoint tiny
+    python scripts/ship_checkpoint.py runs/tiny/checkpoint tiny [--dense-steps 1 --dense-guidance 1]
 
 The folder is checked as any checkpoint is, then copied; paths of this machine are left out of its configuration files.
 """
@@ -21,6 +21,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("name")
+    parser.add_argument("--dense-steps", type=int, default=40, help="recommended steps where all RGB is observed")
+    parser.add_argument("--dense-guidance", type=float, default=2.0, help="recommended guidance there")
     options = parser.parse_args()
     check_folder(options.checkpoint)
     size = sum(path.stat().st_size for path in options.checkpoint.rglob("*") if path.is_file())
@@ -32,6 +34,8 @@ def main() -> None:
     for path in target.rglob("*"):
         if path.suffix == ".json":
             content = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
+            if path.name == "model_index.json":
+                content |= {"dense_steps": options.dense_steps, "dense_guidance": options.dense_guidance}
             path.write_text(json.dumps(content, indent=2) + "\n")
         if path.is_file():
             path.chmod(0o644)

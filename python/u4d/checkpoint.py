@@ -28,6 +28,7 @@ Loaded = TypeVar("Loaded")
 SHIPPED = Path(__file__).parent / "weights"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+SETTINGS = ("dense_steps", "dense_guidance")  # plain values beside the components
 REQUIRED = ("transformer", "vae", "scheduler")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -108,7 +109,11 @@ def check_folder(folder: Path) -> None:
     index = read_json(index_file)
     if index.get("_class_name") != "Pipeline":
         raise UserError(f"checkpoint {index_file}: expected a u4d Pipeline, got {index.get('_class_name')!r}")
-    components = {name: entry for name, entry in index.items() if not name.startswith("_") and entry != [None, None]}
+    components = {
+        name: entry
+        for name, entry in index.items()
+        if not name.startswith("_") and name not in SETTINGS and entry != [None, None]
+    }
     for name in REQUIRED:
         if name not in components:
             raise UserError(f"checkpoint {index_file}: expected a component {name!r}, found none")

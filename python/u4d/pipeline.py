@@ -26,21 +26,23 @@ from u4d.model.codec import CELL, TinyCodec
 from u4d.model.latents import Statistics, decode_latents, encode_streams
 from u4d.model.streams import to_clips, to_streams
 from u4d.model.transformer import Transformer
-from u4d.sample.denoise import denoise
+from u4d.sample.denoise import DEFAULT_GUIDANCE, denoise
 from u4d.sample.given import Given, keep_observed, prepare
+from u4d.sample.observation import Observation
 from u4d.sample.report import consistency, describe, describe_search
 from u4d.sample.search import choose_candidate, draw_candidate_noise, score_candidates
 from u4d.scene import Scene
 
 Progress = Callable[[str, int, int], None]
 CANDIDATES_AT_ONCE = 4
+DEFAULT_STEPS = 40
 
 
 class Pipeline(DiffusionPipeline):
     """Completes 4D scenes: whatever is observed is held fast, all else is denoised.
 
     Components are those of a diffusers folder: `transformer`, `vae`, `scheduler`, and with text also `text_encoder`
-    and `tokenizer`.
+    and `tokenizer`. `dense_steps` and `dense_guidance` are what the checkpoint recommends where all RGB is observed.
     """
 
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
@@ -54,8 +56,11 @@ class Pipeline(DiffusionPipeline):
         scheduler: Any,
         text_encoder: Any = None,
         tokenizer: Any = None,
+        dense_steps: int = DEFAULT_STEPS,
+        dense_guidance: float = DEFAULT_GUIDANCE,
     ) -> None:
         super().__init__()
+        self.register_to_config(dense_steps=dense_steps, dense_guidance=dense_guidance)
         self.register_modules(
             transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
@@ -85,6 +90,16 @@ class Pipeline(DiffusionPipeline):
         placed: Pipeline = load_components(source, load).to(device)
         return placed
 
+    def recommended(self, observation: Observation) -> tuple[int, float]:
+        """Steps and guidance that the checkpoint recommends: its `dense_` settings where all RGB is observed.
+
+        Depth and cameras of a known video are then nearly determined, and a weak model answers best in few steps; what
+        must be invented takes the sampler's full course.
+        """
+        if bool(observation.rgb.all()):
+            return int(self.config.dense_steps), float(self.config.dense_guidance)
+        return DEFAULT_STEPS, DEFAULT_GUIDANCE
+
     @property
     def statistics(self) -> Statistics:
         """The checkpoint's latent statistics."""
@@ -100,8 +115,8 @@ class Pipeline(DiffusionPipeline):
         self,
         scene: Scene,
         observe: str = "rgb:all",
-        steps: int = 40,
-        guidance: float = 2.0,
+        steps: int = DEFAULT_STEPS,
+        guidance: float = DEFAULT_GUIDANCE,
         candidates: int = 1,
         seed: int = 0,
         prompt: str = "",

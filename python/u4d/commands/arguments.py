@@ -60,14 +60,16 @@ def add_observation(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Settings of the sampler."""
     parser.add_argument(
-        "--steps", type=whole_number(1), default=40, metavar="N", help="denoising steps; fewer are faster (default 40)"
+        "--steps",
+        type=whole_number(1),
+        metavar="N",
+        help="denoising steps (default 40, or what the checkpoint recommends where all RGB is observed; tiny: 1)",
     )
     parser.add_argument(
         "--guidance",
         type=number_between(0, 100),
-        default=2.0,
         metavar="W",
-        help="how strongly the observation guides (default 2); 1 switches it off and halves the time",
+        help="strength of history guidance (default 2, or as recommended); 1 switches it off and halves the time",
     )
     parser.add_argument(
         "--candidates",

@@ -32,8 +32,8 @@ class Job:
     out: Path
     observe: str = "rgb:all"
     cameras: Path | None = None
-    steps: int = 40
-    guidance: float = 2.0
+    steps: int | None = None
+    guidance: float | None = None
     candidates: int = 1
     seed: int = 0
     frames: int | None = None
@@ -85,12 +85,13 @@ def complete_to_folder(job: Job, priors: Callable[[int], TrivialPriors] | None =
 
 def run_pipeline(pipe: Pipeline, job: Job, clip: Clip) -> Scene:
     """The completion itself, under a progress bar."""
+    steps, guidance = pipe.recommended(clip.observation)
     with Bars("step") as bars:
         return pipe.complete(
             clip.scene,
             observe=clip.observation.spec,
-            steps=job.steps,
-            guidance=job.guidance,
+            steps=job.steps or steps,
+            guidance=guidance if job.guidance is None else job.guidance,
             candidates=job.candidates,
             seed=job.seed,
             prompt=job.prompt,

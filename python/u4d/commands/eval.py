@@ -97,7 +97,8 @@ def measure(
     from u4d.evaluate import evaluate, evaluate_codec
     from u4d.sample.observation import parse_observation
 
-    parse_observation(observe, scenes.frames)  # a wrong spec is told before anything is rendered
+    # A wrong spec is told before anything is rendered.
+    steps, guidance = pipe.recommended(parse_observation(observe, scenes.frames))
     priors = training_averages(scenes.frames, PRIOR_CLIPS)
     seen: list[Scene] = []
     with Bars("clip") as bars:
@@ -105,8 +106,8 @@ def measure(
             pipe,
             first_clips(scenes, args.clips, seen),
             observe=observe,
-            steps=args.steps,
-            guidance=args.guidance,
+            steps=args.steps or steps,
+            guidance=guidance if args.guidance is None else args.guidance,
             candidates=args.candidates,
             clips=args.clips,
             seed=args.seed,
