@@ -11,8 +11,9 @@ import u4d
 from u4d import presets
 from u4d.checkpoint import SHIPPED
 from u4d.evaluate import EvaluationReport, evaluate, fit_priors
+from u4d.sample.observation import parse_observation
 
-CLIPS = 16
+CLIPS = 48
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +25,12 @@ def pipe() -> u4d.Pipeline:
 def report(pipe: u4d.Pipeline) -> EvaluationReport:
     scenes = u4d.data.ProceduralScenes("test", frames=18, size=(96, 128))
     train = u4d.data.ProceduralScenes("train", frames=18, size=(24, 32))
+    steps, guidance = pipe.recommended(parse_observation("rgb:all", 18))
     return evaluate(
         pipe,
         (scenes[index] for index in range(CLIPS)),
-        steps=4,
-        guidance=1.0,
+        steps=steps,
+        guidance=guidance,
         priors=fit_priors(train[index] for index in range(64)),
     )
 

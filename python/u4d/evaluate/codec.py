@@ -13,7 +13,8 @@ from u4d.errors import UserError
 from u4d.evaluate.depth_metrics import ALIGNMENT_TEXT, depth_metrics
 from u4d.evaluate.image_metrics import psnr, ssim
 from u4d.evaluate.results import EvaluationReport, Row
-from u4d.geometry.depth import channel_to_depth, clip_scale, depth_to_channel, fill_invalid
+from u4d.geometry.depth import clip_scale, depth_to_channel, fill_invalid
+from u4d.model.streams import decoded_depth
 from u4d.scene import Scene
 
 
@@ -82,6 +83,6 @@ def _depth_values(codec: Reconstructs, scene: Scene) -> dict[str, float]:
     scale = clip_scale(scene.depth)
     channel = depth_to_channel(fill_invalid(scene.depth), scale)
     decoded = codec.reconstruct_depth(channel).detach().cpu()
-    result = depth_metrics(channel_to_depth(decoded, scale), scene.depth, alignment="none")
+    result = depth_metrics(decoded_depth(decoded, scale), scene.depth, alignment="none")
     depth_values = {name: result[name] for name in ("abs_rel", "rmse", "delta_1_25")}
     return {"psnr_depth": psnr(decoded, channel, peak=2.0), **depth_values}

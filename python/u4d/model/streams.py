@@ -68,11 +68,16 @@ def to_clips(streams: Streams, num_frames: int, scale: Tensor, shared_intrinsics
     )
     clips = Clips(
         rgb=((streams.rgb + 1) / 2).clamp(0, 1),
-        depth=channel_to_depth(streams.depth[:, :, 0].clamp_min(FARTHEST), scale),
+        depth=decoded_depth(streams.depth[:, :, 0], scale),
         intrinsics=intrinsics,
         cam_to_world=cam_to_world,
     )
     return clips, residual
+
+
+def decoded_depth(channel: Tensor, scale: Tensor | float) -> Tensor:
+    """Depth from a channel that a codec has decoded: at most 100 scales, see `FARTHEST`. Shapes: `channel_to_depth`."""
+    return channel_to_depth(channel.clamp_min(FARTHEST), scale)
 
 
 def observed_scale(clips: Clips, context: Tensor, frames_of_group: Tensor) -> Tensor:
