@@ -100,7 +100,7 @@ def tiny_procedural() -> Recipe:
                 clean_context_prob=1.0,
             ),
             Phase(
-                steps=2200,
+                steps=1800,
                 patterns={
                     "joint": 0.1,
                     "first_frames": 0.15,
