@@ -10,6 +10,7 @@ import torch
 import u4d
 from u4d.errors import UserError
 from u4d.geometry.cameras import rotation_angle_rad
+from u4d.sample.observation import parse_observation
 
 SPECS = (
     "rgb:all",
@@ -182,3 +183,29 @@ def test_weights_that_overflow_are_named(debug_checkpoint: Path) -> None:
 def test_one_camera_alone_is_no_measure(pipe: u4d.Pipeline, scene: u4d.Scene) -> None:
     assert not pipe.complete(scene, observe="rgb:all,camera:0", steps=1).report["metric"]
     assert pipe.complete(scene, observe="rgb:all,camera:0,-1", steps=1).report["metric"]
+
+
+def test_depth_of_unobserved_frames_leaves_no_trace(pipe: u4d.Pipeline, scene: u4d.Scene) -> None:
+    """Invalid pixels are filled with the farthest observed depth: a farther one in a hidden frame must not count."""
+    depth = scene.depth.clone()
+    depth[0, :8, :8] = 0
+    farther = depth.clone()
+    farther[3] *= 50
+    one, two = (
+        pipe.complete(
+            u4d.Scene(rgb=scene.rgb, depth=given, intrinsics=scene.intrinsics, cam_to_world=scene.cam_to_world),
+            observe="rgb:all,depth:0",
+            steps=2,
+        )
+        for given in (depth, farther)
+    )
+    assert torch.equal(one.depth, two.depth) and torch.equal(one.cam_to_world, two.cam_to_world)
+
+
+def test_a_checkpoint_recommends_settings_for_known_video_only(pipe: u4d.Pipeline, tmp_path: Path) -> None:
+    assert pipe.recommended(parse_observation("rgb:all", 6)) == (40, 2.0)
+    parts = (pipe.transformer, pipe.vae, pipe.scheduler)
+    u4d.Pipeline(*parts, dense_steps=3, dense_guidance=1.5).save_pretrained(tmp_path / "own")
+    own = u4d.Pipeline.from_pretrained(tmp_path / "own")
+    assert own.recommended(parse_observation("rgb:all,camera:0", 6)) == (3, 1.5)
+    assert own.recommended(parse_observation("rgb:0,-1", 6)) == (40, 2.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -253,3 +254,22 @@ def test_a_file_is_replaced_only_by_a_whole_one(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt):
         write_text(tmp_path / "new" / "report.json", "second")
     assert tree(tmp_path / "new") == {"report.json": b"first"}
+
+
+@plain_summary
+def test_the_checkpoints_recommendation_holds_unless_told_otherwise(
+    u4d: Command, debug_checkpoint: Path, video: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(debug_checkpoint, checkpoint)
+    index = json.loads((checkpoint / "model_index.json").read_text())
+    (checkpoint / "model_index.json").write_text(json.dumps(index | {"dense_steps": 3, "dense_guidance": 1.5}))
+
+    def settings(name: str, *options: object) -> tuple[int, float]:
+        assert u4d("complete", video, "-o", tmp_path / name, "--checkpoint", checkpoint, *options).code == 0
+        report = report_of(tmp_path / name)
+        return report["steps"], report["guidance"]
+
+    assert settings("recommended") == (3, 1.5)
+    assert settings("asked", "--steps", 2, "--guidance", 0) == (2, 0)
+    assert settings("sparse", "--observe", "rgb:0,-1") == (40, 2)

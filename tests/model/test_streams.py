@@ -12,7 +12,7 @@ from torch import Tensor
 
 from u4d.clips import Clips
 from u4d.errors import UserError
-from u4d.model.streams import observed_scale, to_clips, to_streams
+from u4d.model.streams import decoded_depth, observed_scale, to_clips, to_streams
 from u4d_fast.time_layout import frame_groups
 
 RGB, DEPTH, RAY_DIR, RAY_MOMENT = range(4)
@@ -160,3 +160,9 @@ def test_each_clip_of_a_batch_has_a_scale_of_its_own() -> None:
     assert scales.shape == (2,)
     assert float(scales[0]) == pytest.approx(float(np.median(clips.depth[0, 9].double().numpy())), rel=1e-6)
     assert float(scales[1]) == pytest.approx(float(clips.cam_to_world[1, 9, :3, 3].norm()), rel=1e-6)
+
+
+def test_what_a_codec_cannot_tell_apart_counts_as_a_hundred_scales() -> None:
+    channel = torch.tensor([[[[-1.0, -0.999, -0.9, 0.0, 0.5]]]])
+    depth = decoded_depth(channel, torch.tensor([2.0]))
+    torch.testing.assert_close(depth[0, 0, 0], torch.tensor([200.0, 200.0, 38.0, 2.0, 2 / 3]), rtol=1e-4, atol=0)

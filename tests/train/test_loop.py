@@ -101,3 +101,13 @@ def test_phases_follow_each_other() -> None:
     assert recipe.steps == 5
     assert [recipe.phase_at(step) is first for step in range(6)] == [True, True, False, False, False, False]
     assert isinstance(recipe, Recipe)
+
+
+def test_a_damaged_state_is_named_and_left_alone(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished.with_name("halfway"), run)
+    whole = (run / "state.pt").read_bytes()
+    (run / "state.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"state\.pt: damaged"):
+        train(debug_run(), run, workers=0, progress=False)
+    assert (run / "state.pt").read_bytes() == whole[: len(whole) // 2]
