@@ -23,6 +23,9 @@ class TransformerConfig:
         num_frames, image_size: the clip that the weights were trained for; (height, width) in pixels.
         motion_features: feed local motion of observed RGB to its tokens (see model/motion.py).
         rgb_to_geometry: add the RGB token of the same place to every geometry token (see `StreamLink`).
+        text_length: tokens that a prompt is filled up to with zeros (Wan: 512). The null text is one token and as many
+            zeros; 1 means no padding.
+        origin: where the weights came from, in words.
         latents_mean, latents_std: `[4][16]` statistics that bring latents to unit variance (spec.md section 1).
         reference_fov_rad: horizontal field of view of the camera whose rays are subtracted from `ray_dir`.
     """
@@ -37,12 +40,22 @@ class TransformerConfig:
     image_size: tuple[int, int] = (240, 320)
     motion_features: bool = False
     rgb_to_geometry: bool = False
+    text_length: int = 1
+    origin: str = ""
     latents_mean: tuple[tuple[float, ...], ...] | None = None
     latents_std: tuple[tuple[float, ...], ...] | None = None
     reference_fov_rad: float = math.pi / 3
 
     def __post_init__(self) -> None:
-        positive = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "text_dim", "num_frames")
+        positive = (
+            "num_layers",
+            "num_attention_heads",
+            "attention_head_dim",
+            "ffn_dim",
+            "text_dim",
+            "text_length",
+            "num_frames",
+        )
         require_positive(self, *positive)
         for name in ("attention_head_dim", "freq_dim"):
             if getattr(self, name) % 2:
@@ -116,7 +129,7 @@ class Preset:
 
 def wan_1_3b() -> Preset:
     """The seed's system: 30 layers, hidden 1536, 50 frames of 240x320, about 5.7 B parameters in four streams."""
-    return Preset("wan-1.3b", TransformerConfig(), codec=None)
+    return Preset("wan-1.3b", TransformerConfig(text_length=512), codec=None)
 
 
 def tiny() -> Preset:

@@ -15,12 +15,13 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 from u4d.diffusion.flow import LATENT_CHANNELS, STREAMS
 from u4d.model.attention import group_attention, rotary_table, rotate
 from u4d.model.motion import MotionFeatures
 from u4d.model.stacked import StackedLayerNorm, StackedLinear, StackedRMSNorm, layer_norm
+from u4d.model.text import Prompt, TextKeys, collapse_padding, split_log
 from u4d.presets import TransformerConfig, read_config
 
 PATCH = 2
@@ -66,14 +67,15 @@ class Transformer(ModelMixin, ConfigMixin):
         return cls(read_config(TransformerConfig, {**config, **overrides}))
 
     def forward(
-        self, latents: Tensor, times: Tensor, text: Tensor | None = None, group_mask: Tensor | None = None
+        self, latents: Tensor, times: Tensor, text: Tensor | TextKeys | None = None, group_mask: Tensor | None = None
     ) -> Tensor:
         """Predict the velocity `noise - clean`.
 
         Args:
             latents: `[B,4,16,F,h,w]` normalised latents; h and w even.
             times: `[B,4,F]` noise level of every group in [0,1]; 0 is clean.
-            text: `[B,T,text_dim]` prompt embeddings, or None for the checkpoint's null text.
+            text: `[B,T,text_dim]` prompt embeddings, what `text_keys` made of them (better where the same prompt is
+                used more than once), or None for the checkpoint's null text.
             group_mask: bool `[B,4F]` or `[B,4F,4F]`, see `group_attention`.
         Returns:
             `[B,4,16,F,h,w]` like latents.
@@ -83,24 +85,49 @@ class Transformer(ModelMixin, ConfigMixin):
         self._check(latents, times, text)
         batch, _, _, frames, height, width = latents.shape
         rows, columns = height // PATCH, width // PATCH
-        if text is None:
-            text = self.null_text.expand(batch, -1, -1)
-        time, modulation, text = self.condition_embedder(times.transpose(0, 1), text)
+        time, modulation = self.condition_embedder(times.transpose(0, 1))
+        if not isinstance(text, TextKeys):
+            text = self.embedded_text(text)
         x = self.patch_embedding(latents)
         if self.motion is not None:
             x = torch.cat((x[:1] + self.motion(latents[:, 0], times[:, 0]).type_as(x), x[1:]))
         if self.link is not None:
             x = torch.cat((x[:1], x[1:] + self.link(x[0], 1 - times[:, 0])))
         table = rotary_table(frames, rows, columns, self.config.attention_head_dim, latents.device)
-        for block in self.blocks:
+        for block, keys in zip(self.blocks, text.blocks, strict=True):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, modulation, text, table, group_mask)
+                x = self._gradient_checkpointing_func(block, x, modulation, keys, text.bias, table, group_mask)
             else:
-                x = block(x, modulation, text, table, group_mask)
+                x = block(x, modulation, keys, text.bias, table, group_mask)
         shift, scale = (self.scale_shift_table[:, None] + time[..., None, :]).unbind(-2)
         x = self.proj_out(modulate(x, shift, scale, EPS))
         patches = x.reshape(len(STREAMS), batch, frames, rows, columns, PATCH, PATCH, -1)
         return patches.permute(1, 0, 7, 2, 3, 5, 4, 6).reshape(latents.shape)
+
+    def text_keys(self, text: Tensor | None) -> TextKeys:
+        """Keys and values of a prompt in every block, its padding collapsed; None stands for the null text.
+
+        Args:
+            text: `[B,T,text_dim]`; zero rows at the end are padding. B may be 1 for one prompt shared by a batch.
+        """
+        prompt = self.null_prompt() if text is None else collapse_padding(text, self.dtype)
+        embedded = self.condition_embedder.embed_text(prompt.embeddings)
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        return TextKeys(tuple(block.attn2.keys_of(embedded) for block in blocks), prompt.bias)
+
+    def embedded_text(self, text: Tensor | None) -> TextKeys:
+        """The same for a prompt that is used once: every block makes its keys when it runs, padding stays."""
+        prompt = self.null_prompt() if text is None else Prompt(text)
+        embedded = self.condition_embedder.embed_text(prompt.embeddings)
+        return TextKeys((embedded,) * len(self.blocks), prompt.bias)
+
+    def null_prompt(self) -> Prompt:
+        """The checkpoint's null text `[1,L,text_dim]` and its padding."""
+        padding = split_log(self.config.text_length - 1, self.dtype)
+        if not padding:
+            return Prompt(self.null_text[None])
+        embeddings = torch.cat((self.null_text, self.null_text.new_zeros(len(padding), self.config.text_dim)))
+        return Prompt(embeddings[None], torch.tensor([[0.0, *padding]], device=embeddings.device))
 
     @torch.no_grad()
     def start_as_passthrough(self) -> None:
@@ -108,15 +135,17 @@ class Transformer(ModelMixin, ConfigMixin):
         embedding = self.patch_embedding.weight.permute(0, 1, 3, 4, 5, 2).flatten(2)
         self.proj_out.weight.copy_(torch.linalg.pinv(embedding.float()))
 
-    def _check(self, latents: Tensor, times: Tensor, text: Tensor | None) -> None:
+    def _check(self, latents: Tensor, times: Tensor, text: Tensor | TextKeys | None) -> None:
         channels, text_dim = LATENT_CHANNELS, self.config.text_dim
         shape = tuple(latents.shape)
         if len(shape) != 6 or shape[1:3] != (len(STREAMS), channels) or shape[4] % PATCH or shape[5] % PATCH:
             raise ValueError(f"latents: expected [B,4,{channels},F,h,w] with even h and w, got {list(shape)}")
         if tuple(times.shape) != (shape[0], shape[1], shape[3]):
             raise ValueError(f"times: expected [B,4,F] = {[shape[0], 4, shape[3]]}, got {list(times.shape)}")
-        if text is not None and (text.ndim != 3 or text.shape[0] != shape[0] or text.shape[2] != text_dim):
+        if isinstance(text, Tensor) and (text.ndim != 3 or text.shape[0] != shape[0] or text.shape[2] != text_dim):
             raise ValueError(f"text: expected [B,T,{text_dim}] with B = {shape[0]}, got {list(text.shape)}")
+        if isinstance(text, TextKeys) and len(text.blocks) != len(self.blocks):
+            raise ValueError(f"text: expected keys of {len(self.blocks)} blocks, got those of {len(text.blocks)}")
 
 
 class StackedPatchEmbedding(nn.Module):
@@ -166,17 +195,22 @@ class ConditionEmbedder(nn.Module):
         self.time_proj = StackedLinear(streams, width, 6 * width)
         self.text_embedder = StackedMLP(streams, text_dim, width, width)
 
-    def forward(self, times: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`[S,B,F]`, `[B,T,text_dim]` -> time `[S,B,F,D]`, modulation `[S,B,F,6,D]`, text `[S,B,T,D]`."""
+    def forward(self, times: Tensor) -> tuple[Tensor, Tensor]:
+        """`[S,B,F]` -> time embedding `[S,B,F,D]`, modulation `[S,B,F,6,D]`."""
         half = self.freq_dim // 2
         frequency = torch.exp(-math.log(10000) / half * torch.arange(half, device=times.device))
         angle = 1000 * times.float()[..., None] * frequency
         waves = torch.cat((angle.cos(), angle.sin()), dim=-1)
         time = self.time_embedder(waves.to(self.time_embedder.linear_1.weight.dtype), silu)
         modulation = self.time_proj(silu(time).to(self.time_proj.weight.dtype)).unflatten(-1, (6, -1))
-        streams = self.time_proj.weight.shape[0]
-        embedded = self.text_embedder(text.expand(streams, -1, -1, -1), lambda x: gelu(x, approximate="tanh"))
-        return time, modulation, embedded
+        return time, modulation
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """`[B,T,text_dim]` -> `[S,B,T,D]`."""
+        weight = self.text_embedder.linear_1.weight
+        by_stream = text.to(weight.dtype).expand(weight.shape[0], -1, -1, -1)
+        embedded: Tensor = self.text_embedder(by_stream, lambda x: gelu(x, approximate="tanh"))
+        return embedded
 
 
 class StackedMLP(nn.Module):
@@ -204,14 +238,21 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(streams, 1, 6, width) / math.sqrt(width))
 
     def forward(
-        self, x: Tensor, modulation: Tensor, text: Tensor, table: tuple[Tensor, Tensor], group_mask: Tensor | None
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: Tensor | tuple[Tensor, Tensor],
+        text_bias: Tensor | None,
+        table: tuple[Tensor, Tensor],
+        group_mask: Tensor | None,
     ) -> Tensor:
-        """`[S,B,T,D]` -> `[S,B,T,D]`; modulation `[S,B,F,6,D]`, text `[S,B,L,D]`."""
+        """`[S,B,T,D]` -> `[S,B,T,D]`; modulation `[S,B,F,6,D]`; text `[S,B,L,D]` or this block's keys of it."""
         parts = (self.scale_shift_table[:, None] + modulation.float()).unbind(-2)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
         frames = modulation.shape[2]
         x = gated(x, self.attn1.over_streams(modulate(x, shift, scale, self.eps), table, frames, group_mask), gate)
-        x = x + self.attn2.to_text(self.norm2(x), text)
+        keys = self.attn2.keys_of(text) if isinstance(text, Tensor) else text
+        x = x + self.attn2.to_text(self.norm2(x), keys, text_bias)
         return gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale, self.eps)), ffn_gate)
 
 
@@ -238,16 +279,21 @@ class Attention(nn.Module):
         attended = group_attention(q, k, v, tokens // frames, group_mask)
         return self.to_out[0](attended.unflatten(2, (streams, tokens)).permute(2, 0, 3, 1, 4).flatten(-2))
 
-    def to_text(self, x: Tensor, text: Tensor) -> Tensor:
-        """Every token attends to its stream's text tokens: `[S,B,T,D]`, `[S,B,L,D]` -> `[S,B,T,D]`."""
-        value = self.to_v(text)
-        if text.shape[2] == 1:  # softmax over one key is 1: no query is needed
+    def keys_of(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Key and value of text tokens: `[S,B,L,D]` -> `[S,B,L,D]` each."""
+        return self.norm_k(self.to_k(text)), self.to_v(text)
+
+    def to_text(self, x: Tensor, keys: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+        """Every token attends to its stream's text tokens: `[S,B,T,D]`, keys of `keys_of`, bias `[B,L]`."""
+        key, value = keys
+        if key.shape[2] == 1:  # softmax over one key is 1: no query is needed
             return self.to_out[0](value)
-        q = self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1))
-        k = self.norm_k(self.to_k(text)).unflatten(-1, (self.heads, -1))
-        v = value.unflatten(-1, (self.heads, -1))
-        q, k, v = (part.transpose(2, 3).flatten(0, 1) for part in (q, k, v))
-        attended = group_attention(q, k, v, 1)
+        q = self.norm_q(self.to_q(x))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(2, 3) for part in (q, key, value))
+        k, v = (part.expand(*q.shape[:3], *part.shape[3:]).flatten(0, 1) for part in (k, v))
+        if bias is not None:
+            bias = bias.type_as(q).expand(*x.shape[:2], -1).flatten(0, 1)[:, None, None]
+        attended = scaled_dot_product_attention(q.flatten(0, 1), k, v, attn_mask=bias)
         return self.to_out[0](attended.transpose(1, 2).flatten(-2).unflatten(0, x.shape[:2]))
 
 
