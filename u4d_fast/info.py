@@ -9,7 +9,14 @@ import torch
 
 from u4d_fast import backend as backends
 
-OPS = ("pack_rays", "unpack_rays", "rays_to_cameras", "warp_frames", "reprojection_error")
+OPS = (
+    "pack_rays",
+    "unpack_rays",
+    "rays_to_cameras",
+    "warp_frames",
+    "reprojection_error",
+    "multi_stream_attention",
+)
 
 
 def info() -> dict[str, Any]:

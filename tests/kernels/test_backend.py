@@ -144,9 +144,10 @@ def test_the_environment_variable() -> None:
 def test_info_tells_what_is_active_and_why() -> None:
     told = u4d_fast.info()
     assert told["torch"] == torch.__version__ and told["threads"] >= 1
-    assert set(told["ops"]) == {"pack_rays", "unpack_rays", "rays_to_cameras", "warp_frames", "reprojection_error"}
-    assert set(told["ops"]) <= set(backends.kernels.ops) and told["kernels"]["built"]
-    assert all(op["cpu"] == {"backend": "cpu", "reason": ""} for op in told["ops"].values())
+    with_kernel = {"pack_rays", "unpack_rays", "rays_to_cameras", "warp_frames", "reprojection_error"}
+    assert set(told["ops"]) == with_kernel | {"multi_stream_attention"}
+    assert with_kernel <= set(backends.kernels.ops) and told["kernels"]["built"]
+    assert all(told["ops"][op]["cpu"] == {"backend": "cpu", "reason": ""} for op in with_kernel)
     with u4d_fast.use_backend("cuda"):
         active = u4d_fast.info()["ops"]["pack_rays"]["cpu"]
         assert active == {"backend": "none", "reason": "backend 'cuda' was asked for"}

@@ -17,9 +17,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
+import u4d_fast
 from u4d.diffusion.flow import LATENT_CHANNELS, STREAMS
-from u4d.model.attention import group_attention, rotary_table, rotate
 from u4d.model.motion import MotionFeatures
+from u4d.model.rotary import rotary_table, rotate
 from u4d.model.stacked import StackedLayerNorm, StackedLinear, StackedRMSNorm, layer_norm
 from u4d.model.text import Prompt, TextKeys, collapse_padding, split_log
 from u4d.presets import TransformerConfig, read_config
@@ -76,7 +77,8 @@ class Transformer(ModelMixin, ConfigMixin):
             times: `[B,4,F]` noise level of every group in [0,1]; 0 is clean.
             text: `[B,T,text_dim]` prompt embeddings, what `text_keys` made of them (better where the same prompt is
                 used more than once), or None for the checkpoint's null text.
-            group_mask: bool `[B,4F]` or `[B,4F,4F]`, see `group_attention`.
+            group_mask: bool `[B,4F]` (which groups exist as keys) or `[B,4F,4F]` (which query group sees which key
+                group), groups ordered stream by stream; better on the CPU, see `u4d_fast.multi_stream_attention`.
         Returns:
             `[B,4,16,F,h,w]` like latents.
         Raises:
@@ -275,9 +277,9 @@ class Attention(nn.Module):
         q = rotate(self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1)), table)
         k = rotate(self.norm_k(self.to_k(x)).unflatten(-1, (self.heads, -1)), table)
         v = self.to_v(x).unflatten(-1, (self.heads, -1))
-        q, k, v = (part.permute(1, 3, 0, 2, 4).flatten(2, 3) for part in (q, k, v))
-        attended = group_attention(q, k, v, tokens // frames, group_mask)
-        return self.to_out[0](attended.unflatten(2, (streams, tokens)).permute(2, 0, 3, 1, 4).flatten(-2))
+        q, k, v = (part.transpose(0, 1).flatten(1, 2) for part in (q, k, v))
+        attended = u4d_fast.multi_stream_attention(q, k, v, tokens // frames, group_mask)
+        return self.to_out[0](attended.unflatten(1, (streams, tokens)).transpose(0, 1).flatten(-2))
 
     def keys_of(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value of text tokens: `[S,B,L,D]` -> `[S,B,L,D]` each."""

@@ -1,0 +1,34 @@
+"""Rotary positions of the tokens of a stream; all streams share them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_table(frames: int, rows: int, columns: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the 3-D rotary embedding, with Wan's split of the head dimension.
+
+    Returns:
+        two float32 `[frames*rows*columns, head_dim/2]` tables, tokens in (frame, row, column) order.
+    """
+    spatial = 2 * (head_dim // 6)
+    angles = []
+    for size, width, view in (
+        (frames, head_dim - 2 * spatial, (frames, 1, 1, -1)),
+        (rows, spatial, (1, rows, 1, -1)),
+        (columns, spatial, (1, 1, columns, -1)),
+    ):
+        exponent = torch.arange(0, width, 2, dtype=torch.float64, device=device) / width
+        position = torch.arange(size, dtype=torch.float64, device=device)
+        angle = torch.outer(position, 10000.0**-exponent)
+        angles.append(angle.view(*view).expand(frames, rows, columns, -1))
+    joint = torch.cat(angles, dim=-1).flatten(0, 2)
+    return joint.cos().float(), joint.sin().float()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply the rotary table `[T,d/2]` to `[S,B,T,heads,d]`; neighbouring channels form a pair."""
+    cos, sin = (part[:, None] for part in table)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
