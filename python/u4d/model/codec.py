@@ -63,7 +63,7 @@ class TinyCodec(ModelMixin, ConfigMixin):
         Raises:
             ValueError: another stream, channel count, or a size that is no multiple of 8.
         """
-        self._check(clip, stream)
+        check_clip(clip, stream)
         groups = frame_groups(clip.shape[1]).to(clip.device)
         ends = [0] if len(groups) == 1 else [0, -1]
         latents = clip.new_empty(
@@ -110,13 +110,15 @@ class TinyCodec(ModelMixin, ConfigMixin):
         images = pixel_shuffle(cells.to(latents.dtype), CELL).clamp(-1, 1)
         return images.unflatten(1, (frames, -1)).unflatten(0, latents.shape[:2])
 
-    def _check(self, clip: Tensor, stream: str) -> None:
-        check_stream(stream)
-        channels = IMAGE_CHANNELS[stream]
-        if clip.ndim != 5 or clip.shape[2] != channels or clip.shape[3] % CELL or clip.shape[4] % CELL:
-            raise ValueError(
-                f"clip: expected [B,N,{channels},H,W] with H and W multiples of {CELL}, got {list(clip.shape)}"
-            )
+
+def check_clip(clip: Tensor, stream: str) -> None:
+    """Raise ValueError unless that is a clip `[B,N,C,H,W]` of that stream, whole cells high and wide."""
+    check_stream(stream)
+    channels = IMAGE_CHANNELS[stream]
+    if clip.ndim != 5 or clip.shape[2] != channels or clip.shape[3] % CELL or clip.shape[4] % CELL:
+        raise ValueError(
+            f"clip: expected [B,N,{channels},H,W] with H and W multiples of {CELL}, got {list(clip.shape)}"
+        )
 
 
 def check_stream(stream: str) -> None:

@@ -320,7 +320,11 @@ class GELUProjection(nn.Module):
         self.proj = StackedLinear(streams, in_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu(self.proj(x), approximate="tanh")
+        hidden = self.proj(x)
+        if torch.is_grad_enabled():
+            return gelu(hidden, approximate="tanh")
+        # In place: the hidden layer is the largest tensor of the model, and nobody needs it without the GELU.
+        return torch.ops.aten.gelu_(hidden, approximate="tanh")
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
