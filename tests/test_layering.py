@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "train": {"geometry", "diffusion", "model", "data"},
     "evaluate": {"geometry", "diffusion", "model", "data"},
     "export": {"geometry", "diffusion", "model"},
+    "convert": {"geometry", "diffusion", "model"},
 }
 
 WITHOUT_KERNEL = {"multi_stream_attention"}

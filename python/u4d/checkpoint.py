@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from u4d.diffusion.flow import DEFAULT_SHIFT
+from u4d.checkpoint_files import (
+    PICKLES,
+    TEXT_WEIGHTS,
+    StoredTensor,
+    check_fields,
+    first_line,
+    pickle_error,
+    read_json,
+    stored_tensors,
+    weight_files,
+)
+from u4d.diffusion.flow import DEFAULT_SHIFT, STREAMS
 from u4d.errors import UserError
 
 if TYPE_CHECKING:
-    from diffusers import ModelMixin
+    from diffusers import ModelMixin, UniPCMultistepScheduler
 
     from u4d.model.codec import TinyCodec
     from u4d.model.transformer import Transformer
@@ -27,49 +40,71 @@ if TYPE_CHECKING:
 Loaded = TypeVar("Loaded")
 SHIPPED = Path(__file__).parent / "weights"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")  # weights, configurations, tokenizers
+INDEX = "model_index.json"
+MARKER = "transformer/config.json"  # by which an older checkpoint is known, a transformer alone too
 SETTINGS = ("dense_steps", "dense_guidance")  # plain values beside the components
 REQUIRED = ("transformer", "vae", "scheduler")
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def find_checkpoint(name: str | Path) -> Path | str:
-    """Folder of a shipped preset or a local checkpoint; anything that looks like a hub id is returned as it is.
+def find_checkpoint(name: str | Path) -> Path:
+    """Folder of a shipped preset, of a local checkpoint, or of a hub id's local copy.
 
     Raises:
-        UserError: neither a shipped preset, nor a folder with `model_index.json`, nor a hub id.
+        UserError: neither a shipped preset, nor a folder with `model_index.json`, nor a hub id that can be had.
     """
-    shipped = sorted(path.name for path in SHIPPED.glob("*") if (path / "model_index.json").exists())
+    shipped = sorted(path.name for path in SHIPPED.glob("*") if (path / INDEX).exists())
     if str(name) in shipped:
         return SHIPPED / str(name)
     folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "model_index.json").exists():
-            raise UserError(f"checkpoint {folder}: expected a diffusers folder with model_index.json, found none there")
-        return folder
-    if isinstance(name, str) and HUB_ID.fullmatch(name) and not folder.exists():
-        return name
-    raise UserError(
-        f"checkpoint {str(name)!r}: expected a shipped preset ({', '.join(shipped) or 'none in this installation'}), "
-        "a folder with model_index.json, or a hub id such as 'owner/name'"
-    )
+    if not folder.is_dir():
+        if not is_hub_id(name):
+            raise UserError(
+                f"checkpoint {str(name)!r}: expected a shipped preset ({', '.join(shipped) or 'none here'}), "
+                f"a folder with {INDEX}, or a hub id such as 'owner/name'"
+            )
+        folder = download_checkpoint(str(name))
+    if not (folder / INDEX).exists():
+        raise UserError(f"checkpoint {folder}: expected a diffusers folder with {INDEX}, found none there")
+    return folder
+
+
+def is_hub_id(name: str | Path) -> bool:
+    """Whether that looks like 'owner/name' and is no file or folder here."""
+    return isinstance(name, str) and HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def download_checkpoint(hub_id: str, cached_only: bool = False) -> Path:
+    """Local copy of a checkpoint on the hub: safetensors, configurations and tokenizers, never a pickle or code.
+
+    Args:
+        hub_id: 'owner/name'.
+        cached_only: take what was downloaded before; never ask the network.
+    Raises:
+        UserError: no such id, no network, or no copy here.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES), local_files_only=cached_only))
+    except (OSError, ValueError) as error:
+        if cached_only:
+            message = f"checkpoint {hub_id}: no such folder here, nor downloaded before: hf download {hub_id}"
+        else:
+            message = f"checkpoint {hub_id}: no such folder here, nor loaded from the hub: {first_line(error)}"
+        raise UserError(message) from error
 
 
 def save_checkpoint(folder: Path, transformer: Transformer, codec: TinyCodec, dtype: torch.dtype) -> None:
     """Write a pipeline's folder in `dtype`, replacing an older checkpoint only when the new one is complete."""
-    from diffusers import UniPCMultistepScheduler
-
     from u4d.pipeline import Pipeline
 
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    scheduler = UniPCMultistepScheduler(
-        use_flow_sigmas=True, flow_shift=DEFAULT_SHIFT, prediction_type="flow_prediction"
-    )
     # The plain cast: diffusers' own warns about modules that it keeps in float32 when it loads them.
     cast = torch.nn.Module.to
-    pipe = Pipeline(cast(deepcopy(transformer), dtype), cast(deepcopy(codec), dtype), scheduler)
+    pipe = Pipeline(cast(deepcopy(transformer), dtype), cast(deepcopy(codec), dtype), new_scheduler())
     pipe.save_pretrained(fresh)
     if folder.exists():
         os.replace(folder, old)
@@ -77,19 +112,48 @@ def save_checkpoint(folder: Path, transformer: Transformer, codec: TinyCodec, dt
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_components(source: Path | str, load: Callable[[], Loaded]) -> Loaded:
+def check_new_checkpoint(folder: Path, overwrite: bool) -> None:
+    """Raise UserError unless a checkpoint may be put there. Long work, such as a download, calls this before it starts.
+
+    Raises:
+        UserError: an older checkpoint without `overwrite`, or somebody else's files.
+    """
+    from u4d.data.atomic import check_output_folder
+
+    check_output_folder(folder, MARKER, overwrite)
+
+
+@contextmanager
+def new_checkpoint(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """Give an empty folder for a new checkpoint, which takes its place when the block ends well (see `new_folder`).
+
+    Raises:
+        UserError: as `check_new_checkpoint`, or nothing can be written there.
+    """
+    from u4d.data.atomic import new_folder
+
+    with new_folder(folder, MARKER, overwrite) as fresh:
+        yield fresh
+
+
+def new_scheduler() -> UniPCMultistepScheduler:
+    """The scheduler of our checkpoints, as diffusers describes it."""
+    from diffusers import UniPCMultistepScheduler
+
+    return UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=DEFAULT_SHIFT, prediction_type="flow_prediction")
+
+
+def load_components(source: Path, load: Callable[[], Loaded]) -> Loaded:
     """Run diffusers' loader, after the checks that it does not make; whatever is wrong becomes one clear line.
 
     Raises:
-        UserError: see `check_folder`; or files that can't be read, or no such id on the hub.
+        UserError: see `check_folder`; or files that can't be read.
     """
-    if isinstance(source, Path):
-        check_folder(source)
+    check_folder(source)
     try:
         return load()
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        where = "can't be loaded" if isinstance(source, Path) else "no such folder here, nor loaded from the hub"
-        raise UserError(f"checkpoint {source}: {where}: {first_line(error)}") from error
+        raise UserError(f"checkpoint {source}: can't be loaded: {first_line(error)}") from error
 
 
 def check_folder(folder: Path) -> None:
@@ -99,16 +163,29 @@ def check_folder(folder: Path) -> None:
         UserError: a pickle, code from elsewhere, an unknown configuration field, a damaged file, or tensors that are
             not exactly those of their class. The file and the tensor are named.
     """
-    pickles = sorted(path for pattern in PICKLES for path in folder.glob(f"*/{pattern}"))
+    pickles = sorted(path for suffix in PICKLES for path in folder.glob(f"*/*{suffix}"))
     if pickles:
-        raise UserError(
-            f"checkpoint {pickles[0]}: only safetensors are read, since a pickle can run code when it is opened; "
-            "load it where you trust it, save it with safetensors.torch.save_file, and delete it here"
-        )
-    index_file = folder / "model_index.json"
+        raise pickle_error(pickles[0])
+    index_file = folder / INDEX
+    for name, entry in read_components(index_file).items():
+        model = model_class(index_file, name, entry)
+        if model is not None:
+            check_weights(folder / name, model)
+        elif name == "text_encoder":
+            stored_tensors(folder / name, TEXT_WEIGHTS)
+
+
+def read_components(index_file: Path) -> dict[str, Any]:
+    """Name -> [library, class] of the components that a u4d checkpoint has.
+
+    Raises:
+        UserError: no index of ours, or one that lacks what every pipeline needs.
+    """
     index = read_json(index_file)
-    if index.get("_class_name") != "Pipeline":
-        raise UserError(f"checkpoint {index_file}: expected a u4d Pipeline, got {index.get('_class_name')!r}")
+    kind = index.get("_class_name")
+    if kind != "Pipeline":
+        made = f"; u4d init --from {index_file.parent} makes one of it" if str(kind).startswith("Wan") else ""
+        raise UserError(f"checkpoint {index_file}: expected a u4d Pipeline, got {kind!r}{made}")
     components = {
         name: entry
         for name, entry in index.items()
@@ -117,10 +194,7 @@ def check_folder(folder: Path) -> None:
     for name in REQUIRED:
         if name not in components:
             raise UserError(f"checkpoint {index_file}: expected a component {name!r}, found none")
-    for name, entry in components.items():
-        model = model_class(index_file, name, entry)
-        if model is not None:
-            check_weights(folder / name, model)
+    return components
 
 
 def model_class(index_file: Path, name: str, entry: Any) -> type[ModelMixin] | None:
@@ -148,64 +222,52 @@ def model_class(index_file: Path, name: str, entry: Any) -> type[ModelMixin] | N
     return found if issubclass(found, ModelMixin) else None
 
 
-def check_weights(folder: Path, model: type[ModelMixin]) -> None:
+def check_weights(folder: Path, model: type[ModelMixin]) -> dict[str, StoredTensor]:
     """Compare the headers of a model's weight files with the class that its configuration describes.
 
+    Returns:
+        its tensors, by name.
     Raises:
         UserError: the configuration or a file can't be read, or a tensor is missing, unknown, or of another shape.
     """
     config_file = folder / "config.json"
-    config = read_json(config_file)
+    wanted = described_shapes(config_file, read_json(config_file), model)
+    found = stored_tensors(folder)
+    check_tensors(found, wanted, model.__name__, weight_files(folder)[0])
+    return found
+
+
+def described_shapes(config_file: Path, config: dict[str, Any], model: type[ModelMixin]) -> dict[str, list[int]]:
+    """Shapes of the tensors that a model of that configuration has, by name.
+
+    Raises:
+        UserError: a field that the class does not know (diffusers alone would ignore it), or a value without sense.
+    """
+    if model.__module__.startswith("diffusers."):  # our own classes do so themselves
+        check_fields(config_file, config, inspect.signature(model).parameters)
     try:
         with torch.device("meta"):
-            wanted = {name: list(tensor.shape) for name, tensor in model.from_config(config).state_dict().items()}
+            return {name: list(tensor.shape) for name, tensor in model.from_config(config).state_dict().items()}
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise UserError(f"checkpoint {config_file}: {first_line(error)}") from error
-    found = {}
-    for file in weight_files(folder):
-        for name, shape in stored_shapes(file).items():
-            if name not in wanted:
-                raise UserError(f"checkpoint {file}: tensor {name!r} is not known to {model.__name__}")
-            if shape != wanted[name]:
-                raise UserError(f"checkpoint {file}: tensor {name!r}: expected {wanted[name]}, got {shape}")
-            found[name] = shape
+
+
+def check_tensors(
+    found: Mapping[str, StoredTensor], wanted: Mapping[str, list[int]], class_name: str, expected_in: Path
+) -> None:
+    """Raise UserError unless exactly the wanted tensors are there; `expected_in` is where a missing one should be."""
+    for name, tensor in found.items():
+        where, got = f"checkpoint {tensor.file}: tensor {tensor.key!r}", list(tensor.shape)
+        if name not in wanted:
+            raise UserError(f"{where} is not known to {class_name}")
+        shape = wanted[name]
+        if got == shape:
+            continue
+        stacked = class_name == "Transformer" and shape[:1] == [len(STREAMS)]
+        if stacked and got[1:] == shape[1:]:
+            raise UserError(f"{where}: expected {len(STREAMS)} streams, got {got[0]}")
+        made = "; this is Wan's own, of one stream: u4d init makes four of it" if stacked and got == shape[1:] else ""
+        raise UserError(f"{where}: expected {shape}, got {got}{made}")
     for name in wanted:
         if name not in found:
-            raise UserError(f"checkpoint {folder / WEIGHTS}: tensor {name!r} is missing")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The one weight file of a model, or the shards that its index lists."""
-    index_file = folder / f"{WEIGHTS}.index.json"
-    if not index_file.exists():
-        return [folder / WEIGHTS]
-    shards = read_json(index_file).get("weight_map")
-    if not isinstance(shards, dict):
-        raise UserError(f"checkpoint {index_file}: expected a weight_map, found none")
-    return [folder / Path(name).name for name in sorted({str(shard) for shard in shards.values()})]
-
-
-def stored_shapes(file: Path) -> dict[str, list[int]]:
-    """Names and shapes in the header of a safetensors file, whose length must fit the header."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            names = tensors.keys()
-            return {name: list(tensors.get_slice(name).get_shape()) for name in names}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"checkpoint {file}: missing, damaged or cut short: {first_line(error)}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint {file}: can't be read as JSON: {first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"checkpoint {file}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(f"checkpoint {expected_in}: tensor {name!r} is missing")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
-from torch import Tensor
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
 
 from u4d.checkpoint import find_checkpoint, load_components
 from u4d.clips import Clips, join
@@ -22,37 +22,44 @@ from u4d.diffusion.flow import LATENT_CHANNELS, STREAMS
 from u4d.diffusion.unipc import unipc_table
 from u4d.errors import UserError
 from u4d.geometry.cameras import invert_rigid
-from u4d.model.codec import CELL, TinyCodec
-from u4d.model.latents import Statistics, decode_latents, encode_streams
+from u4d.model.codec import CELL
+from u4d.model.latents import Codec, Statistics, decode_latents, encode_streams
 from u4d.model.streams import to_clips, to_streams
+from u4d.model.text import TextKeys
 from u4d.model.transformer import Transformer
-from u4d.sample.denoise import DEFAULT_GUIDANCE, denoise
-from u4d.sample.given import Given, keep_observed, prepare
+from u4d.model.wan_codec import as_codec
+from u4d.sample.denoise import DEFAULT_GUIDANCE, Velocity, denoise
+from u4d.sample.given import Given, hold_observed, keep_observed, prepare
 from u4d.sample.observation import Observation
 from u4d.sample.report import consistency, describe, describe_search
 from u4d.sample.search import choose_candidate, draw_candidate_noise, score_candidates
 from u4d.scene import Scene
+from u4d.text_encoder import embed, encode_prompt
 
 Progress = Callable[[str, int, int], None]
 CANDIDATES_AT_ONCE = 4
 DEFAULT_STEPS = 40
+LARGE_BYTES = 4e9  # of weights on disk: 1 B parameters in float32, or 2 B in bfloat16
 
 
 class Pipeline(DiffusionPipeline):
     """Completes 4D scenes: whatever is observed is held fast, all else is denoised.
 
-    Components are those of a diffusers folder: `transformer`, `vae`, `scheduler`, and with text also `text_encoder`
-    and `tokenizer`. `dense_steps` and `dense_guidance` are what the checkpoint recommends where all RGB is observed.
+    Components are those of a diffusers folder: `transformer`, `vae` (a `TinyCodec` or Wan's `AutoencoderKLWan`),
+    `scheduler`, and with text also `text_encoder` and `tokenizer`, which stay on disk until a prompt asks for them.
+    `dense_steps` and `dense_guidance` are what the checkpoint recommends where all RGB is observed.
     """
 
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
     transformer: Transformer
-    vae: TinyCodec
+    vae: ModelMixin
+    text_folder: Path | None = None
+    offload_device: torch.device | None = None
 
     def __init__(
         self,
         transformer: Transformer,
-        vae: TinyCodec,
+        vae: ModelMixin,
         scheduler: Any,
         text_encoder: Any = None,
         tokenizer: Any = None,
@@ -74,21 +81,54 @@ class Pipeline(DiffusionPipeline):
         Args:
             name: what to load.
             device: where to run.
-            dtype: of the weights; by default float32 on a CPU and bfloat16 elsewhere.
+            dtype: of the transformer; by default float32 on a CPU for a model of less than 1 B parameters, and
+                bfloat16 elsewhere. The VAE is always float32: depth needs more than bfloat16's 8 bits.
             options: passed on to `DiffusionPipeline.from_pretrained`.
         Raises:
             UserError: nothing there, or a damaged checkpoint; the file is named.
         """
-        if dtype is None:
-            dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
         source = find_checkpoint(name)
+        if dtype is None:
+            large = sum(file.stat().st_size for file in (source / "transformer").glob("*.safetensors")) > LARGE_BYTES
+            dtype = torch.float32 if torch.device(device).type == "cpu" and not large else torch.bfloat16
+        on_disk = "text_encoder" not in options and (source / "text_encoder").is_dir()
+        options = {"text_encoder": None, "tokenizer": None, **options}
+        dtypes = {"vae": torch.float32, "default": dtype}
 
         def load() -> Pipeline:
-            pipe: Pipeline = super(Pipeline, cls).from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+            pipe: Pipeline = super(Pipeline, cls).from_pretrained(source, dtype=dtypes, use_safetensors=True, **options)
             return pipe
 
         placed: Pipeline = load_components(source, load).to(device)
+        placed.text_folder = source if on_disk else None
         return placed
+
+    def enable_offload(self, device: torch.device | str = "cuda") -> None:
+        """Keep weights on the CPU and bring each part to `device` for the time it works: never two at once.
+
+        With 24 GB this is what makes the full-size model fit (docs/memory.md).
+        """
+        self.to("cpu")
+        self.offload_device = torch.device(device)
+
+    @property
+    def work_device(self) -> torch.device:
+        """Where tensors are and parts work."""
+        return self.offload_device or self.device
+
+    @contextmanager
+    def at_work(self, part: nn.Module) -> Iterator[None]:
+        """A part on the device it works on; under offload it goes back to the CPU afterwards."""
+        if self.offload_device is None:
+            yield
+            return
+        part.to(self.offload_device)
+        try:
+            yield
+        finally:
+            part.to("cpu")
+            if self.offload_device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def recommended(self, observation: Observation) -> tuple[int, float]:
         """Steps and guidance that the checkpoint recommends: its `dense_` settings where all RGB is observed.
@@ -99,6 +139,11 @@ class Pipeline(DiffusionPipeline):
         if bool(observation.rgb.all()):
             return int(self.config.dense_steps), float(self.config.dense_guidance)
         return DEFAULT_STEPS, DEFAULT_GUIDANCE
+
+    @property
+    def codec(self) -> Codec:
+        """The VAE as a codec of RGB and depth clips."""
+        return as_codec(self.vae)
 
     @property
     def statistics(self) -> Statistics:
@@ -152,19 +197,19 @@ class Pipeline(DiffusionPipeline):
         check_settings(steps, candidates, guidance)
         clock = Clock()
         with clock.stage("prepare"):
-            if prompt and self.text_encoder is None:
-                raise UserError("prompt: this checkpoint has no text encoder, so it takes no prompt; leave it empty")
             config = self.transformer.config
-            given = prepare(scene, observe, frames, config.num_frames, tuple(config.image_size), self.device)
-            clean = self.encode(given)
-        with clock.stage("denoise"):
-            latents = self.sample(clean, given.groups, steps, guidance, candidates, seed, progress)
+            given = prepare(scene, observe, frames, config.num_frames, tuple(config.image_size), self.work_device)
+            text = self.encode_text(prompt)
+            with self.at_work(self.vae):
+                clean = self.encode(given)
+        with clock.stage("denoise"), self.at_work(self.transformer):
+            latents = self.sample(clean, given.groups, steps, guidance, candidates, seed, text, progress)
             if not bool(torch.isfinite(latents).all()):
                 raise UserError(
                     f"checkpoint {self.config._name_or_path}: sampling gave values that are not finite: "
                     "its weights are damaged, or they overflow in this dtype; try float32"
                 )
-        with clock.stage("decode"):
+        with clock.stage("decode"), self.at_work(self.vae):
             num_frames = given.placement.num_frames
             drawn, residual = self.decode(latents, num_frames, given.scale, shared_intrinsics)
             rgb, depth, intrinsics, cam_to_world = keep_observed(drawn, given).everything()
@@ -189,19 +234,39 @@ class Pipeline(DiffusionPipeline):
         )
         return result.resized(scene.image_size) if original_size else result
 
+    def encode_text(self, prompt: str) -> Tensor | None:
+        """Embeddings `[1,T,text_dim]` of a prompt, filled up with zeros as in training; None for an empty prompt.
+
+        Raises:
+            UserError: the checkpoint has no text encoder, or it can't be loaded.
+        """
+        if not prompt.strip():
+            return None
+        length, dtype = self.transformer.config.text_length, torch.bfloat16
+        if self.text_encoder is not None and self.tokenizer is not None:
+            with self.at_work(self.text_encoder):
+                tokens = embed(self.tokenizer, self.text_encoder, prompt, length)
+        elif self.text_folder is not None:
+            tokens = encode_prompt(self.text_folder, prompt, dtype, device=self.work_device, max_tokens=length)
+        else:
+            raise UserError("prompt: this checkpoint has no text encoder, so it takes no prompt; leave it empty")
+        padded = tokens.new_zeros(1, length, tokens.shape[1])
+        padded[0, : len(tokens)] = tokens
+        return padded.to(self.work_device)
+
     def encode(self, given: Given) -> Tensor:
         """Clean latents `[1,4,16,F,h,w]` of what is observed; unobserved groups hold nothing of meaning."""
-        clip = given.clip
+        clip = hold_observed(given.clip, given.observation)
         if given.anchor is not None and clip.cam_to_world is not None:
             relative = invert_rigid(given.anchor.double()) @ clip.cam_to_world.double()
-            seen = given.observation.camera.to(self.device)[:, None, None]
+            seen = given.observation.camera.to(clip.device)[:, None, None]
             clip = replace(clip, cam_to_world=torch.where(seen, relative, torch.eye(4).to(relative)).float())
         height, width = self.transformer.config.image_size
         if all(part is None for part in vars(clip).values()):
-            groups = given.groups.shape[1]
-            return torch.zeros(1, len(STREAMS), LATENT_CHANNELS, groups, height // CELL, width // CELL).to(self.device)
-        streams = to_streams(clip, torch.tensor([given.scale], device=self.device), (height, width))
-        return encode_streams(streams, self.vae, self.statistics)
+            shape = (1, len(STREAMS), LATENT_CHANNELS, given.groups.shape[1], height // CELL, width // CELL)
+            return torch.zeros(shape, device=self.work_device)
+        streams = to_streams(clip, torch.tensor([given.scale], device=clip.device), (height, width))
+        return encode_streams(streams, self.codec, self.statistics)
 
     def sample(
         self,
@@ -211,14 +276,16 @@ class Pipeline(DiffusionPipeline):
         guidance: float,
         candidates: int,
         seed: int,
+        text: Tensor | None,
         progress: Progress | None,
     ) -> Tensor:
         """Draw the candidates' latents `[L,4,16,F,h,w]`, a few at a time."""
         table = unipc_table(steps, shift=self.scheduler.config.flow_shift)
+        velocity = self.velocity(self.transformer.text_keys(text))
         drawn = []
         for first in range(0, candidates, CANDIDATES_AT_ONCE):
             count = min(CANDIDATES_AT_ONCE, candidates - first)
-            noise = draw_candidate_noise(seed, count, clean.shape[1:], first=first, device=self.device)
+            noise = draw_candidate_noise(seed, count, clean.shape[1:], first=first, device=clean.device)
 
             def report(done: int, total: int, first: int = first) -> None:
                 if progress is not None:
@@ -227,7 +294,7 @@ class Pipeline(DiffusionPipeline):
 
             drawn.append(
                 denoise(
-                    self.velocity,
+                    velocity,
                     clean.expand(count, *clean.shape[1:]),
                     observed,
                     table,
@@ -238,17 +305,21 @@ class Pipeline(DiffusionPipeline):
             )
         return torch.cat(drawn)
 
-    def velocity(self, latents: Tensor, times: Tensor) -> Tensor:
-        """The transformer in its own dtype."""
-        velocity: Tensor = self.transformer(latents.to(self.transformer.dtype), times)
-        return velocity
+    def velocity(self, text: TextKeys) -> Velocity:
+        """The transformer in its own dtype, for one prompt."""
+
+        def predict(latents: Tensor, times: Tensor) -> Tensor:
+            velocity: Tensor = self.transformer(latents.to(self.transformer.dtype), times, text)
+            return velocity
+
+        return predict
 
     def decode(self, latents: Tensor, num_frames: int, scale: float, shared_intrinsics: bool) -> tuple[Clips, Tensor]:
         """Candidates' clips and camera residuals, decoded one by one to bound memory."""
         parts, residuals = [], []
         scales = torch.tensor([scale], device=latents.device)
         for candidate in latents.split(1):
-            streams = decode_latents(candidate, self.vae, self.statistics, num_frames)
+            streams = decode_latents(candidate, self.codec, self.statistics, num_frames)
             clips, residual = to_clips(streams, num_frames, scales, shared_intrinsics)
             parts.append(clips)
             residuals.append(residual)

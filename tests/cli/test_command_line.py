@@ -18,7 +18,7 @@ from u4d.errors import UserError
 from u4d.sample.observation import TASKS
 from u4d.train.recipe import RECIPES
 
-VERBS = ("complete", "demo", "eval", "train", "info")
+VERBS = ("complete", "demo", "eval", "train", "init", "info")
 
 
 def test_help_names_every_verb_and_needs_nothing_heavy() -> None:

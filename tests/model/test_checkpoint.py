@@ -6,7 +6,9 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import u4d
+from convert.wan_folders import write_wan_folder
 from u4d import presets
-from u4d.checkpoint import WEIGHTS, check_weights, find_checkpoint, load_components, save_checkpoint
+from u4d.checkpoint import check_folder, check_weights, download_checkpoint, find_checkpoint, save_checkpoint
+from u4d.checkpoint_files import WEIGHTS
 from u4d.errors import UserError
 from u4d.model.codec import TinyCodec
 from u4d.model.transformer import Transformer
@@ -164,14 +168,29 @@ DAMAGES: dict[str, tuple[Change, str]] = {
         rf"{VAE}: tensor 'coders.rgb_4.analysis.bias' is missing",
     ),
     "tensor of another shape": (
+        edit_tensors(TRANSFORMER, lambda t: t.update({QUERY: t[QUERY][:, :3].clone()})),
+        rf"{TRANSFORMER}: tensor '{QUERY}': expected \[4, 24, 24\], got \[4, 3, 24\]$",
+    ),
+    "another number of streams": (
         edit_tensors(TRANSFORMER, lambda t: t.update({QUERY: t[QUERY][:3].clone()})),
-        rf"{TRANSFORMER}: tensor '{QUERY}': expected \[4, 24, 24\], got \[3, 24, 24\]",
+        rf"{TRANSFORMER}: tensor '{QUERY}': expected 4 streams, got 3",
+    ),
+    "no streams": (
+        edit_tensors(TRANSFORMER, lambda t: t.update({QUERY: t[QUERY][0].clone()})),
+        rf"{TRANSFORMER}: tensor '{QUERY}': expected \[4, 24, 24\], got \[24, 24\]; this is Wan's own, .*u4d init",
+    ),
+    "another number of linked streams": (
+        edit_tensors(TRANSFORMER, lambda t: t.update({"link.linear.bias": t["link.linear.bias"][:2].clone()})),
+        rf"{TRANSFORMER}: tensor 'link.linear.bias': expected \[3, 24\], got \[2, 24\]$",
     ),
     "tensor too many": (
         edit_tensors(TRANSFORMER, lambda t: t.update(surprise=torch.zeros(1))),
         rf"{TRANSFORMER}: tensor 'surprise' is not known to Transformer",
     ),
-    "pickle": (add_pickle, r"transformer/diffusion_pytorch_model.bin: only safetensors are read"),
+    "pickle": (
+        add_pickle,
+        r"transformer/diffusion_pytorch_model.bin: only safetensors are read.*python -c .*weights_only=True",
+    ),
     "unknown field": (edit_json("transformer/config.json", num_experts=8), r"transformer/config.json: .*'num_experts'"),
     "unknown field of the codec": (edit_json("vae/config.json", stride=4), r"vae/config.json: .*'stride'"),
     "another size": (edit_json("transformer/config.json", num_layers=3), rf"{TRANSFORMER}: tensor 'blocks.2.*missing"),
@@ -190,7 +209,7 @@ DAMAGES: dict[str, tuple[Change, str]] = {
     ),
     "another pipeline": (
         edit_json("model_index.json", _class_name="WanPipeline"),
-        r"model_index.json: expected a u4d Pipeline, got 'WanPipeline'",
+        r"model_index.json: expected a u4d Pipeline, got 'WanPipeline'; u4d init --from .* makes one of it",
     ),
     "component missing": (edit_json("model_index.json", vae=[None, None]), r"expected a component 'vae', found none"),
     "code from elsewhere": (
@@ -251,11 +270,58 @@ def test_damaged_shards_are_named(copied: Path) -> None:
         u4d.Pipeline.from_pretrained(copied)
 
 
+def test_shards_must_be_those_of_the_index(copied: Path) -> None:
+    shards = [file.name for file in shard(copied)]
+    index_file = copied / f"{TRANSFORMER}.index.json"
+    listed = json.loads(index_file.read_text())["weight_map"]
+    name = next(name for name, file in listed.items() if file == shards[1])
+    for changes, message in (
+        ({name: shards[0]}, rf"{shards[1]}: tensor '{name}': .*index.json lists it in {shards[0]}"),
+        ({"another": shards[1]}, rf"{shards[1]}: tensor 'another' is missing; .*index.json lists it here"),
+        ({name: "../vae/x.safetensors"}, r"index.json: expected names of files beside it, got '../vae/x.safetensors'"),
+        ({name: 3}, r"index.json: expected names of files beside it, got 3"),
+        ({"another": "nowhere.safetensors"}, r"nowhere.safetensors: missing, damaged or cut short"),
+    ):
+        index_file.write_text(json.dumps({"weight_map": listed | changes}))
+        with pytest.raises(UserError, match=message):
+            u4d.Pipeline.from_pretrained(copied)
+    index_file.write_text(json.dumps({"weight_map": {key: file for key, file in listed.items() if key != name}}))
+    with pytest.raises(UserError, match=rf"{shards[1]}: tensor '{name}' is not listed in .*index.json"):
+        u4d.Pipeline.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("sharded", (False, True))
+def test_a_text_encoder_must_be_whole_although_it_is_not_loaded(tmp_path: Path, sharded: bool) -> None:
+    source = write_wan_folder(tmp_path / "wan", max_shard_size=20_000 if sharded else "1GB")
+    folder = u4d.init_from_wan(source, tmp_path / "u4d").out
+    check_folder(folder)
+    weights = sorted((folder / "text_encoder").glob("*.safetensors"))
+    assert (len(weights) > 1) == sharded
+    whole = weights[-1].read_bytes()
+    weights[-1].write_bytes(whole[:-8])
+    with pytest.raises(UserError, match=rf"text_encoder/{weights[-1].name}: missing, damaged or cut short"):
+        u4d.Pipeline.from_pretrained(folder)
+    weights[-1].unlink()
+    with pytest.raises(UserError, match=rf"text_encoder/{weights[-1].name}: missing, damaged or cut short"):
+        check_folder(folder)
+    (folder / "text_encoder/pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"text_encoder/pytorch_model.bin: only safetensors .*text_encoder/model.safetensors$"
+    ):
+        check_folder(folder)
+
+
 def test_models_of_diffusers_are_held_to_their_tensors_too(tmp_path: Path) -> None:
     AutoencoderKLWan(
         base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False]
     ).save_pretrained(tmp_path)
     check_weights(tmp_path, AutoencoderKLWan)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "_diffusers_version" in config
+    (tmp_path / "config.json").write_text(json.dumps(config | {"stride": 4}))  # diffusers would only warn
+    with pytest.raises(UserError, match=r"config.json: unknown field 'stride'; known are .*base_dim"):
+        check_weights(tmp_path, AutoencoderKLWan)
+    (tmp_path / "config.json").write_text(json.dumps(config))
     edit_tensors(WEIGHTS, lambda tensors: tensors.pop("decoder.conv_in.weight"))(tmp_path)
     with pytest.raises(UserError, match=r"tensor 'decoder.conv_in.weight' is missing"):
         check_weights(tmp_path, AutoencoderKLWan)
@@ -279,20 +345,58 @@ def test_a_file_is_no_checkpoint(saved: Path, tmp_path: Path, monkeypatch: pytes
         find_checkpoint("weights/model.safetensors")
 
 
+def give_snapshot(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Let the hub's client return a folder; what it is asked for is kept."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def snapshot(repo: str, **options: Any) -> str:
+        asked.append((repo, options))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    return asked
+
+
 @pytest.mark.parametrize("name", ("owner/name", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "some_one/u4d-tiny"))
-def test_hub_ids_are_passed_on(name: str) -> None:
-    assert find_checkpoint(name) == name
+def test_hub_ids_become_folders(saved: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = give_snapshot(monkeypatch, saved)
+    assert find_checkpoint(name) == saved
+    ((repo, options),) = asked
+    assert repo == name and not options["local_files_only"]
+    patterns = options["allow_patterns"]
+    assert any(fnmatch("transformer/diffusion_pytorch_model-00001-of-00002.safetensors", one) for one in patterns)
+    assert any(fnmatch("tokenizer/spiece.model", one) for one in patterns)
+    for unwanted in ("Wan2.1_VAE.pth", "transformer/diffusion_pytorch_model.bin", "modeling.py", "assets/demo.mp4"):
+        assert not any(fnmatch(unwanted, one) for one in patterns), unwanted
 
 
-def test_a_hub_id_that_can_not_be_had_is_one_line() -> None:
-    def offline() -> None:
+def test_what_comes_from_the_hub_is_checked_as_a_folder_is(
+    saved: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give_snapshot(monkeypatch, saved)
+    loaded = u4d.Pipeline.from_pretrained("owner/name")
+    assert torch.equal(loaded.transformer.proj_out.weight, random_parts()[0].proj_out.weight)
+    give_snapshot(monkeypatch, copied)
+    edit_tensors(TRANSFORMER, lambda tensors: tensors.pop(QUERY))(copied)
+    with pytest.raises(UserError, match=rf"{TRANSFORMER}: tensor '{QUERY}' is missing"):
+        u4d.Pipeline.from_pretrained("owner/name")
+    (copied / "model_index.json").unlink()
+    with pytest.raises(UserError, match=r"expected a diffusers folder with model_index.json"):
+        u4d.Pipeline.from_pretrained("owner/name")
+
+
+def test_a_hub_id_that_can_not_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*arguments: object, **options: object) -> None:
         raise OSError("We couldn't connect to the hub.\nCheck your connection.")
 
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(
         UserError, match=r"owner/name: no such folder here, nor loaded from the hub: We couldn't"
     ) as caught:
-        load_components("owner/name", offline)
+        find_checkpoint("owner/name")
     assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"owner/name: no such folder here, nor downloaded before"):
+        download_checkpoint("owner/name", cached_only=True)
 
 
 def test_a_folder_may_be_named_like_a_hub_id(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

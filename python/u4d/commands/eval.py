@@ -21,11 +21,12 @@ from u4d.commands.console import Bars
 from u4d.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from u4d.data import ProceduralScenes
     from u4d.evaluate import EvaluationReport
-    from u4d.model.codec import TinyCodec
+    from u4d.model.latents import Codec
     from u4d.pipeline import Pipeline
     from u4d.scene import Scene
 
@@ -115,7 +116,7 @@ def measure(
             progress=lambda done, total: bars("clips", done, total),
         )
         codec = evaluate_codec(
-            ThereAndBack(pipe.vae),
+            ThereAndBack(pipe.codec, pipe.device),
             seen,
             clips=len(seen),
             progress=lambda done, total: bars("codec", done, total),
@@ -136,7 +137,8 @@ def first_clips(scenes: ProceduralScenes, count: int, seen: list[Scene]) -> Iter
 class ThereAndBack:
     """A codec as `evaluate_codec` wants it: one clip in, the same clip out."""
 
-    vae: TinyCodec
+    codec: Codec
+    device: torch.device
 
     def reconstruct_rgb(self, rgb: Tensor) -> Tensor:
         """[N,3,H,W] in [0,1] -> the same."""
@@ -150,5 +152,5 @@ class ThereAndBack:
         import torch
 
         with torch.no_grad():
-            latents = self.vae.encode(clip[None].to(self.vae.device, self.vae.dtype), stream)
-            return self.vae.decode(latents, stream, len(clip))[0].float()
+            latents = self.codec.encode(clip[None].to(self.device), stream)
+            return self.codec.decode(latents, stream, len(clip))[0]

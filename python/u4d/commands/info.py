@@ -1,4 +1,4 @@
-"""`u4d info`: what is installed, what runs where, and which checkpoints ship."""
+"""`u4d info`: what is installed, what runs where, which checkpoints ship; or what one checkpoint is."""
 
 from __future__ import annotations
 
@@ -7,18 +7,30 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 from u4d import __version__
-from u4d.commands.console import available_cores, format_facts, use_all_cores
+from u4d.commands.console import available_cores, format_facts, quiet_libraries, use_all_cores
 
-SUMMARY = "show versions, devices, threads, active kernels and shipped checkpoints"
+SUMMARY = "show versions, devices, active kernels and shipped checkpoints, or what a checkpoint is"
 PACKAGES = ("torch", "diffusers", "numpy", "av", "safetensors")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verb has no arguments."""
+    """The verb's argument."""
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        metavar="CHECKPOINT",
+        help="tell about this one instead: a shipped preset, a folder (u4d's or Wan's), or a downloaded hub id",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print everything a bug report needs."""
+    """Print everything a bug report needs, or what a checkpoint is."""
+    if args.checkpoint is not None:
+        with quiet_libraries():
+            from u4d.commands import checkpoint_facts as told
+
+            print(format_facts(told.checkpoint_facts(args.checkpoint)))
+        return
     use_all_cores()
     print(format_facts([*version_facts(), *device_facts(), *checkpoint_facts(), *kernel_facts()]))
 

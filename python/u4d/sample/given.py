@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -94,6 +94,25 @@ def scale_of(clip: Clips, observation: Observation) -> tuple[float, bool]:
     cameras = None if clip.cam_to_world is None else clip.cam_to_world[0, observation.camera.to(clip.device)]
     moves = cameras is not None and float((cameras - cameras[:1])[:, :3, 3].norm(dim=-1).max()) > STATIC_EXTENT
     return clip_scale(clip.depth, cameras), clip.depth is not None or moves
+
+
+def hold_observed(clip: Clips, observation: Observation) -> Clips:
+    """The clip with each unobserved image and depth map replaced by the nearest observed one.
+
+    A causal codec also sees the frames before an observed group. They decide nothing, but black ones would be far from
+    anything that it knows.
+    """
+    return replace(
+        clip,
+        rgb=None if clip.rgb is None else clip.rgb[:, nearest_observed(observation.rgb).to(clip.device)],
+        depth=None if clip.depth is None else clip.depth[:, nearest_observed(observation.depth).to(clip.device)],
+    )
+
+
+def nearest_observed(observed: Tensor) -> Tensor:
+    """`[N]` bool, at least one True -> `[N]` int64: the nearest frame that is observed, the earlier of two."""
+    frames, seen = torch.arange(len(observed)), observed.nonzero()[:, 0]
+    return seen[(frames[:, None] - seen).abs().argmin(1)]
 
 
 def keep_observed(drawn: Clips, given: Given) -> Clips:
