@@ -97,8 +97,11 @@ def download_checkpoint(hub_id: str, cached_only: bool = False) -> Path:
 
 def save_checkpoint(folder: Path, transformer: Transformer, codec: TinyCodec, dtype: torch.dtype) -> None:
     """Write a pipeline's folder in `dtype`, replacing an older checkpoint only when the new one is complete."""
+    from u4d.model.lora import lora_layers
     from u4d.pipeline import Pipeline
 
+    if lora_layers(transformer):
+        raise UserError("transformer: expected plain weights, got LoRA adapters over them; merge_lora or save_lora them")
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)

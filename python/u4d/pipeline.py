@@ -24,6 +24,7 @@ from u4d.errors import UserError
 from u4d.geometry.cameras import invert_rigid
 from u4d.model.codec import CELL
 from u4d.model.latents import Codec, Statistics, decode_latents, encode_streams
+from u4d.model.lora_folder import load_lora
 from u4d.model.streams import to_clips, to_streams
 from u4d.model.text import TextKeys
 from u4d.model.transformer import Transformer
@@ -102,6 +103,16 @@ class Pipeline(DiffusionPipeline):
         placed: Pipeline = load_components(source, load).to(device)
         placed.text_folder = source if on_disk else None
         return placed
+
+    def load_lora(self, folder: str | Path, scale: float = 1.0) -> None:
+        """Add the adapters of a folder that `u4d train --lora` or peft wrote, at that strength.
+
+        They stay beside the weights, since merging would round them away in bfloat16.
+
+        Raises:
+            UserError: see `u4d.model.lora_folder.load_lora`; the transformer is then as it was.
+        """
+        load_lora(self.transformer, folder, scale=scale)
 
     def enable_offload(self, device: torch.device | str = "cuda") -> None:
         """Keep weights on the CPU and bring each part to `device` for the time it works: never two at once.

@@ -64,7 +64,7 @@ def test_eval_tells_mistakes_before_the_work(
 def test_the_codec_is_given_clips_as_it_wants_them(debug_checkpoint: Path) -> None:
     codec = TinyCodec.from_pretrained(debug_checkpoint / "vae")
     rgb = torch.rand(6, 3, 32, 48)
-    around = eval_verb.ThereAndBack(codec)
+    around = eval_verb.ThereAndBack(codec, torch.device("cpu"))
     with torch.no_grad():
         expected = codec.decode(codec.encode(rgb[None] * 2 - 1, "rgb"), "rgb", 6)[0] / 2 + 0.5
     assert torch.allclose(around.reconstruct_rgb(rgb), expected, atol=1e-6)

@@ -44,7 +44,7 @@ def quiet_libraries() -> Iterator[None]:
     if find_spec("transformers") is not None:
         from transformers.utils import logging as transformers_logging
 
-        transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings():
             for library in NOISY:

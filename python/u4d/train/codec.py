@@ -133,7 +133,8 @@ def fit_grey_decoders(motion: MotionFeatures, codec: TinyCodec, statistics: Stat
         grey = pixel_unshuffle(torch.einsum("c,mfchw->mfhw", GREY, groups), CELL)
         inputs = latents.permute(0, 2, 3, 1).flatten(0, 2)
         inputs = torch.cat((inputs, torch.ones_like(inputs[:, :1])), dim=1)
-        solution = torch.linalg.lstsq(inputs, grey.permute(0, 2, 3, 1).flatten(0, 2)).solution
+        # In float64, since the last bits of LAPACK's solution differ between processes.
+        solution = torch.linalg.lstsq(inputs.double(), grey.permute(0, 2, 3, 1).flatten(0, 2).double()).solution
         decoder.copy_(solution.T)
 
 

@@ -7,7 +7,7 @@ import os
 import time
 from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -19,40 +19,41 @@ from tqdm import tqdm
 from u4d.checkpoint import save_checkpoint
 from u4d.errors import UserError
 from u4d.model.codec import TinyCodec
-from u4d.model.latents import Statistics
-from u4d.model.streams import Streams
+from u4d.model.lora import lora_parameters
+from u4d.model.lora_folder import save_lora
 from u4d.model.transformer import Transformer
 from u4d.train.clips import Schedule, batches
-from u4d.train.codec import channel_weights, fit_grey_decoders, measure_statistics, train_codec
+from u4d.train.codec import channel_weights
 from u4d.train.recipe import Optim, Recipe
+from u4d.train.start import fresh_start, start_from_checkpoint
 from u4d.train.step import training_loss
 
 
 def train(
     recipe: Recipe, out: Path, *, workers: int = 1, device: str | torch.device = "cpu", progress: bool = True
 ) -> Path:
-    """Train codec and transformer into `out/checkpoint`, resuming whatever `out` already holds.
+    """Train codec and transformer, or what the recipe wants of a checkpoint, resuming whatever `out` already holds.
 
     Args:
         recipe: what to train.
-        out: run folder: recipe.json, log.jsonl, state.pt, codec/ and checkpoint/.
+        out: run folder: recipe.json, log.jsonl, state.pt, and checkpoint/ (and codec/, if new) or adapter/.
         workers: rendering processes; 0 renders in this one.
         device: where the transformer is trained; codec and statistics are made on the CPU.
     Returns:
-        the checkpoint folder (diffusers layout, EMA weights).
+        the checkpoint folder (diffusers layout, EMA weights), or the adapter's (peft's layout, EMA adapters).
     Raises:
-        UserError: `out` belongs to another recipe, or the loss is not finite.
+        UserError: `out` belongs to another recipe, its checkpoint is not there or does not fit, or the loss is not
+            finite.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    begin = None if recipe.start is None else start_from_checkpoint(recipe)  # refused before anything is written
     claim(out, recipe)
-    codec = prepare_codec(recipe, out, progress)
-    statistics, streams = measure_statistics(codec, recipe)
-    weights = channel_weights(codec, statistics).to(device)
-    model = build(recipe, codec, statistics, streams).to(device)
-    codec = codec.to(device)
-    average = deepcopy(model).eval().requires_grad_(False)
+    begin = begin or fresh_start(recipe, out, progress)
+    statistics = begin.statistics
+    weights = channel_weights(begin.codec, statistics).to(device)
+    model, codec = begin.model.to(device), begin.codec.to(device)
+    average = copy_to_average(model)
     optimizer = make_optimizer(model, recipe.optim)
-    start = restore(out, model, average, optimizer)
+    start = restore(out, model, average, optimizer, begin.digest)
     schedule = Schedule(recipe.window, recipe.batch, recipe.draws, recipe.seed)
     frames, size = recipe.preset.transformer.num_frames, recipe.preset.transformer.image_size
     clips = batches(schedule, frames, size, start, recipe.steps, workers)
@@ -74,12 +75,14 @@ def train(
         log(out, step, loss.per_stream.detach(), norm.detach(), time.perf_counter() - began, waited)
         bar.set_postfix(loss=f"{float(loss.total.detach()):.3f}", wait=f"{waited:.1f}s")
         if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-            save(out, step + 1, model, average, optimizer, codec)
-    return out / "checkpoint"
+            save_result(out, recipe, average, codec)  # first: a run whose state says that it is over has its result
+            save(out, step + 1, model, average, optimizer, begin.digest)
+    return out / result_name(recipe)
 
 
 def claim(out: Path, recipe: Recipe) -> None:
     """Write the recipe into a new run folder, or check that an old one is the same recipe's."""
+    out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(asdict(recipe), indent=1)
     path = out / "recipe.json"
     if path.exists() and path.read_text() != text:
@@ -87,42 +90,24 @@ def claim(out: Path, recipe: Recipe) -> None:
     path.write_text(text)
 
 
-def prepare_codec(recipe: Recipe, out: Path, progress: bool) -> TinyCodec:
-    """The run's codec: loaded if it was trained before."""
-    folder = out / "codec"
-    if folder.exists():
-        trained: TinyCodec = TinyCodec.from_pretrained(folder).eval()
-        return trained
-    with tqdm(total=recipe.codec.steps, disable=not progress, unit="step", desc="codec") as bar:
-
-        def report(step: int, values: dict[str, float]) -> None:
-            bar.update()
-            bar.set_postfix({name: f"{value:.1f}" for name, value in values.items()})
-
-        codec = train_codec(recipe, report)
-    codec.save_pretrained(folder)
-    return codec
+def result_name(recipe: Recipe) -> str:
+    """The folder that a run is for."""
+    return "checkpoint" if recipe.start is None or recipe.start.lora_rank is None else "adapter"
 
 
-def build(recipe: Recipe, codec: TinyCodec, statistics: Statistics, streams: Streams) -> Transformer:
-    """A fresh model that carries its latent statistics."""
-    torch.manual_seed(recipe.seed)
-    config = replace(
-        recipe.preset.transformer,
-        latents_mean=tuple(map(tuple, statistics.mean.tolist())),
-        latents_std=tuple(map(tuple, statistics.std.tolist())),
-        reference_fov_rad=statistics.reference_fov_rad,
-    )
-    model = Transformer(config)
-    if model.motion is not None:
-        fit_grey_decoders(model.motion, codec, statistics, streams)
-    return model
+def copy_to_average(model: Transformer) -> Transformer:
+    """A copy whose trained parameters are its own; frozen ones are shared, since they may be most of the memory."""
+    shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    average = deepcopy(model, shared)
+    average.eval().requires_grad_(False)
+    return average
 
 
 def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 3]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 3]
+    """AdamW over what is trained; weight decay on matrices only."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim >= 3]
+    others = [parameter for parameter in trained if parameter.ndim < 3]
     groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
 
@@ -152,10 +137,10 @@ def require_finite(loss: Tensor, norm: Tensor, step: int, out: Path) -> None:
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, keep: float) -> None:
-    """Exponential moving average of the weights."""
-    mine: list[Tensor] = list(average.parameters())
-    theirs: list[Tensor] = list(model.parameters())
-    torch._foreach_lerp_(mine, theirs, 1 - keep)
+    """Exponential moving average of what is trained."""
+    pairs = zip(average.parameters(), model.parameters(), strict=True)
+    mine, theirs = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)
+    torch._foreach_lerp_(list(mine), list(theirs), 1 - keep)
 
 
 def log(out: Path, step: int, per_stream: Tensor, norm: Tensor, seconds: float, waited: float) -> None:
@@ -172,25 +157,40 @@ def log(out: Path, step: int, per_stream: Tensor, norm: Tensor, seconds: float, 
 
 
 def save(
-    out: Path, step: int, model: nn.Module, average: Transformer, optimizer: torch.optim.Optimizer, codec: TinyCodec
+    out: Path, step: int, model: Transformer, average: Transformer, optimizer: torch.optim.Optimizer, digest: str
 ) -> None:
-    """Write the resumable state and the checkpoint, each by renaming a finished file or folder."""
+    """Write the resumable state by renaming a finished file."""
     state = {
         "step": step,
-        "model": model.state_dict(),
-        "average": average.state_dict(),
+        "model": trained_state(model),
+        "average": trained_state(average),
         "optim": optimizer.state_dict(),
+        "digest": digest,
     }
     torch.save(state, out / "state.tmp")
     os.replace(out / "state.tmp", out / "state.pt")
-    save_checkpoint(out / "checkpoint", average, codec, torch.bfloat16)
 
 
-def restore(out: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def save_result(out: Path, recipe: Recipe, average: Transformer, codec: TinyCodec) -> None:
+    """Write the checkpoint or the adapter by renaming a finished folder."""
+    folder = out / result_name(recipe)
+    if recipe.start is not None and recipe.start.lora_rank is not None:
+        save_lora(average, folder, base=recipe.start.checkpoint)
+    else:
+        save_checkpoint(folder, average, codec, torch.bfloat16)
+
+
+def trained_state(model: Transformer) -> dict[str, Tensor]:
+    """The adapters, where there are some: the rest comes from the checkpoint. Otherwise the whole state."""
+    adapters = {name: parameter.detach() for name, parameter in lora_parameters(model).items()}
+    return adapters or model.state_dict()
+
+
+def restore(out: Path, model: Transformer, average: Transformer, optimizer: torch.optim.Optimizer, digest: str) -> int:
     """Load the state that `out` holds, if any; returns the step to go on from. The log is cut back to that step.
 
     Raises:
-        UserError: the state is damaged.
+        UserError: the state is damaged, or the checkpoint that the run began with has changed.
     """
     path = out / "state.pt"
     if not path.exists():
@@ -199,8 +199,13 @@ def restore(out: Path, model: nn.Module, average: nn.Module, optimizer: torch.op
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, UnpicklingError) as error:
         raise UserError(f"{path}: damaged, so this run can't go on: {error}; delete it to start again") from error
-    model.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
+    if state.get("digest", "") != digest:
+        raise UserError(
+            f"{path}: the checkpoint that this run began with (see {out / 'recipe.json'}) holds other weights now, so "
+            "it can't go on; bring the old ones back, or choose a new folder"
+        )
+    for module, part in ((model, "model"), (average, "average")):
+        module.load_state_dict({**module.state_dict(), **state[part]})
     optimizer.load_state_dict(state["optim"])
     step = int(state["step"])
     lines = (out / "log.jsonl").read_text().splitlines(keepends=True)

@@ -54,11 +54,25 @@ class CodecTraining:
 
 
 @dataclass(frozen=True)
+class FineTuning:
+    """A run that begins with a checkpoint's codec, latent statistics and transformer.
+
+    Attributes:
+        checkpoint: a shipped preset, a folder, or a hub id; its sizes must be those of the recipe's preset.
+        lora_rank: train adapters of this rank and nothing else; None trains all weights.
+    """
+
+    checkpoint: str
+    lora_rank: int | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole run.
 
     Attributes:
         preset: sizes of model and codec.
+        start: what the run begins with; None makes a codec and draws fresh weights.
         window: clips rendered together; each window's clips are used for `draws` passes in random order.
         draws: noise draws per rendered clip.
     """
@@ -72,6 +86,7 @@ class Recipe:
     draws: int = 2
     seed: int = 0
     save_every: int = 100
+    start: FineTuning | None = None
 
     @property
     def steps(self) -> int:
