@@ -1,85 +1,144 @@
-"""Rendered training clips, a window at a time, in an order that depends on (seed, step) alone."""
+"""Data lanes: which clip is used at which step and place, and the worker processes that make the clips meanwhile.
+
+Place j has a lane of its own. Window w of lane j is the clips number (w * window + i) * batch + j, i < window; each is
+used in `draws` passes in random order. So what a place sees depends neither on the number of processes nor on that of
+workers, and a process makes the clips of its own lanes only.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from u4d.clips import Clips, join
-from u4d.data.procedural import render_clips
+from u4d.errors import UserError
+from u4d.train.recipe import Recipe
+from u4d.train.samples import TrainingClips, generator
+from u4d.train.sources import ReadClips, Sources, join_clips, read_clips
 
-RENDER_CHUNK = 8
-COMPILE_FROM = 32  # clips: below this, compiling the tracer takes longer than it saves
-
-
-class RenderedWindows(Dataset[Clips]):
-    """Item w holds `window` freshly rendered clips of the training split."""
-
-    def __init__(self, window: int, frames: int, image_size: tuple[int, int], windows: int) -> None:
-        self.window, self.frames, self.image_size, self.windows = window, frames, image_size, windows
-
-    def __len__(self) -> int:
-        return self.windows
-
-    def __getitem__(self, index: int) -> Clips:
-        torch.set_num_threads(1)
-        return render_window(range(index * self.window, (index + 1) * self.window), self.frames, self.image_size)
-
-
-def render_window(indices: range, frames: int, image_size: tuple[int, int], split: str = "train") -> Clips:
-    """Render those clips in chunks of one shape, so that the compiled tracer is compiled once."""
-    compiled = len(indices) >= COMPILE_FROM
-    parts = [
-        render_clips(
-            list(indices[start : start + RENDER_CHUNK]), split=split, frames=frames, size=image_size, compile=compiled
-        )
-        for start in range(0, len(indices), RENDER_CHUNK)
-    ]
-    return join(parts)
+Item = TypeVar("Item")
+ENOUGH = 48  # clips tried before their share of bad ones means anything
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """Which clips a step uses: windows of clips, each passed over `draws` times in an order of its own."""
+class Lanes:
+    """Which clips the places use."""
 
     window: int
-    batch: int
     draws: int
+    batch: int
     seed: int
 
     @property
     def steps_per_window(self) -> int:
-        return self.window * self.draws // self.batch
+        """Each step takes one clip of each lane's window."""
+        return self.window * self.draws
 
-    def positions(self, step: int) -> torch.Tensor:
-        """Positions in its window of the clips of that step: `[batch]`."""
+    def numbers(self, window: int, place: int) -> list[int]:
+        """The clips of a lane's window."""
+        return [(window * self.window + i) * self.batch + place for i in range(self.window)]
+
+    def position(self, step: int, place: int) -> int:
+        """Which clip of its window a place uses at a step."""
         window, offset = divmod(step, self.steps_per_window)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + window)
-        order = torch.cat([torch.randperm(self.window, generator=generator) for _ in range(self.draws)])
-        return order[offset * self.batch : (offset + 1) * self.batch]
+        passed, offset = divmod(offset, self.window)
+        own = generator("lane", self.seed, place, window, passed)
+        return int(torch.randperm(self.window, generator=own)[offset])
+
+
+@dataclass(frozen=True)
+class Windows(Dataset[ReadClips]):
+    """Item (window, lanes) is the clips of those lanes' windows, lane by lane."""
+
+    sources: Sources
+    lanes: Lanes
+
+    def __getitem__(self, item: tuple[int, range]) -> ReadClips:
+        window, places = item
+        with one_thread():
+            numbers = [number for place in places for number in self.lanes.numbers(window, place)]
+            return read_clips(self.sources, numbers)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Workers that all use all cores get in each other's way; the clips are then the same with and without workers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class ClipCounter:
+    """Counts clips that could be read and those that could not, and stops the run at too many of these."""
+
+    def __init__(self, most_bad: float) -> None:
+        self.most_bad, self.read, self.bad = most_bad, 0, 0
+
+    def count(self, read: ReadClips) -> TrainingClips:
+        """The clips, if all is well.
+
+        Raises:
+            UserError: too many clips can't be read; the last one is named.
+        """
+        self.read += 0 if read.clips is None else len(read.clips.numbers)
+        self.bad += len(read.bad)
+        tried = self.read + self.bad
+        if read.clips is None or (tried >= ENOUGH and self.bad > self.most_bad * tried):
+            raise UserError(
+                f"data: {self.bad} of {tried} clips could not be read, at most {self.most_bad:.1%} may "
+                f"(data.most_bad); the last one: {read.bad[-1] if read.bad else 'see above'}"
+            )
+        return read.clips
 
 
 def batches(
-    schedule: Schedule, frames: int, image_size: tuple[int, int], start: int, stop: int, workers: int
-) -> Iterator[Clips]:
-    """The clips of steps start..stop-1. The next window is rendered by worker processes meanwhile."""
-    first, last = start // schedule.steps_per_window, (stop - 1) // schedule.steps_per_window
-    windows = RenderedWindows(schedule.window, frames, image_size, last + 1)
+    recipe: Recipe, sources: Sources, places: range, start: int, workers: int, counter: ClipCounter
+) -> Iterator[TrainingClips]:
+    """The clips of some places, at full length, for steps start .. recipe.steps - 1.
+
+    The next window is made by worker processes meanwhile; without any it is made in this process when it is needed.
+
+    Raises:
+        UserError: too many clips can't be read.
+    """
+    lanes = Lanes(recipe.data.window, recipe.data.draws, recipe.batch, recipe.seed)
+    first, last = start // lanes.steps_per_window, (recipe.steps - 1) // lanes.steps_per_window
+    shares = share_out(places, max(1, workers))
     loader = DataLoader(
-        windows,
+        Windows(sources, lanes),
         batch_size=None,
-        sampler=range(first, last + 1),
+        sampler=[(window, share) for window in range(first, last + 1) for share in shares],
         num_workers=workers,
         prefetch_factor=1 if workers else None,
         multiprocessing_context="spawn" if workers else None,
     )
-    step = start
-    for window in loader:
-        while step < stop and step // schedule.steps_per_window == first:
-            positions = schedule.positions(step)
-            yield window.map(lambda part, positions=positions: part[positions])
-            step += 1
-        first += 1
+    parts = iter(loader)
+    for window in range(first, last + 1):
+        clips = join_clips([counter.count(next(parts)) for _ in shares])
+        begin = window * lanes.steps_per_window
+        for step in range(max(start, begin), min(recipe.steps, begin + lanes.steps_per_window)):
+            rows = [row * lanes.window + lanes.position(step, place) for row, place in enumerate(places)]
+            yield clips.pick(torch.tensor(rows))
+
+
+def one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+    """The same items, each made by a thread while its predecessor is used."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="samples") as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
+def share_out(places: range, workers: int) -> list[range]:
+    """Neighbouring lanes for each worker; fewer shares than workers where there are few lanes."""
+    size = -(-len(places) // workers)
+    return [places[first : first + size] for first in range(0, len(places), size)]

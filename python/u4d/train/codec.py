@@ -15,11 +15,11 @@ from u4d.diffusion.flow import LATENT_CHANNELS, RAY_CHANNELS
 from u4d.errors import UserError
 from u4d.geometry.cameras import relative_to_first
 from u4d.model.codec import CELL, IMAGE_CHANNELS, TinyCodec, coder_name
-from u4d.model.latents import Statistics, encode_streams
+from u4d.model.latents import Codec, Statistics, encode_streams
 from u4d.model.motion import MotionFeatures
 from u4d.model.streams import Streams, observed_scale, to_streams
-from u4d.train.clips import render_window
 from u4d.train.recipe import Recipe
+from u4d.train.sources import render_window
 from u4d_fast.time_layout import FRAMES_PER_GROUP, frame_groups
 
 GREY = torch.tensor([0.299, 0.587, 0.114])
@@ -138,12 +138,14 @@ def fit_grey_decoders(motion: MotionFeatures, codec: TinyCodec, statistics: Stat
         decoder.copy_(solution.T)
 
 
-def channel_weights(codec: TinyCodec, statistics: Statistics) -> Tensor:
+def channel_weights(codec: Codec, statistics: Statistics) -> Tensor:
     """Loss weight `[4,16]` of each latent channel: its effect on the pixels.
 
-    So a cell's mean outweighs its texture.
+    So a cell's mean outweighs its texture. All ones for Wan's VAE, whose channels' effects are not known.
     """
     weights = torch.ones(4, LATENT_CHANNELS)
+    if not isinstance(codec, TinyCodec):
+        return weights
     for index, stream in enumerate(IMAGE_CHANNELS):
         synthesis = codec.coder(stream, FRAMES_PER_GROUP).synthesis.weight.detach().flatten(1)
         effect = synthesis.norm(dim=0) * statistics.std[index]

@@ -1,32 +1,35 @@
-"""The training loop of one process. It reads top to bottom: render, step, average, log, save."""
+"""The training loop. It reads top to bottom: clips, samples, gradients, step, average, log, save."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from u4d.checkpoint import save_checkpoint
-from u4d.errors import UserError
-from u4d.model.codec import TinyCodec
-from u4d.model.lora import lora_parameters
+from u4d.model.latents import Codec, Statistics
 from u4d.model.lora_folder import save_lora
 from u4d.model.transformer import Transformer
-from u4d.train.clips import Schedule, batches
+from u4d.model.wan_codec import as_codec
+from u4d.train.activations import compile_blocks, efficient_attention, keep_activations
+from u4d.train.clips import ClipCounter, batches, one_ahead
 from u4d.train.codec import channel_weights
+from u4d.train.finite import require_finite
+from u4d.train.plan import step_flops
 from u4d.train.recipe import Optim, Recipe
-from u4d.train.start import fresh_start, start_from_checkpoint
-from u4d.train.step import training_loss
+from u4d.train.samples import Samples, TrainingClips, draw_samples, places_of
+from u4d.train.shard import clip_gradients, full_state, shard, synchronise_gradients, update_average
+from u4d.train.sources import open_sources
+from u4d.train.start import Start, begin_run
+from u4d.train.state import Parts, States
+from u4d.train.step import micro_batch_loss
+from u4d.train.validate import validate
+from u4d.train.watch import StepRecord, Watch, peak_flops
+from u4d.train.world import World, start_world
 
 
 def train(
@@ -34,65 +37,71 @@ def train(
 ) -> Path:
     """Train codec and transformer, or what the recipe wants of a checkpoint, resuming whatever `out` already holds.
 
+    Under torchrun all its processes call this; they share the batch and the weights.
+
     Args:
         recipe: what to train.
-        out: run folder: recipe.json, log.jsonl, state.pt, and checkpoint/ (and codec/, if new) or adapter/.
-        workers: rendering processes; 0 renders in this one.
+        out: run folder: recipe.json, log.jsonl, state/, validation/, tensorboard/, and in the end checkpoint/ (and
+            codec/, if new) or adapter/.
+        workers: processes that make clips, for each process that trains; 0 makes them between the steps.
         device: where the transformer is trained; codec and statistics are made on the CPU.
+        progress: show bars.
     Returns:
         the checkpoint folder (diffusers layout, EMA weights), or the adapter's (peft's layout, EMA adapters).
     Raises:
-        UserError: `out` belongs to another recipe, its checkpoint is not there or does not fit, or the loss is not
-            finite.
+        UserError: `out` belongs to another recipe, its checkpoint is not there or does not fit, the batch can't be
+            shared out, too many clips can't be read, or the loss is not finite.
     """
-    begin = None if recipe.start is None else start_from_checkpoint(recipe)  # refused before anything is written
-    claim(out, recipe)
-    begin = begin or fresh_start(recipe, out, progress)
-    statistics = begin.statistics
-    weights = channel_weights(begin.codec, statistics).to(device)
-    model, codec = begin.model.to(device), begin.codec.to(device)
+    with start_world(device) as world:
+        places, sources = places_of(recipe.batch, world), open_sources(recipe)
+        begin = begin_run(recipe, out, world, progress)
+        model, average = place_models(begin.model, recipe, world)
+        codec, statistics = as_codec(begin.vae.to(world.device)), begin.statistics
+        weights = channel_weights(codec, statistics).to(world.device)
+        parts = Parts(model, average, make_optimizer(model, recipe.optim))
+        with States(out / "state", recipe.watch.keep, world, {"checkpoint": begin.digest}) as states:
+            first, counter = states.restore(parts), ClipCounter(recipe.data.most_bad)
+            clips = batches(recipe, sources, places, first, workers, counter)
+            drawn = samples_of(recipe, places, first, clips, world.device)
+            with watch_run(recipe, out, world, first, progress) as watch:
+                for step in range(first, recipe.steps):
+                    began = time.perf_counter()
+                    samples = next(drawn)
+                    waited = time.perf_counter() - began
+                    rate = set_learning_rate(parts.optimizer, recipe, step)
+                    loss = accumulate_gradients(model, codec, statistics, samples, weights, recipe, world)
+                    norm = clip_gradients(model, recipe.optim.clip)
+                    require_finite(loss, norm, step, samples, out, world)
+                    parts.optimizer.step()
+                    parts.optimizer.zero_grad(set_to_none=True)
+                    update_average(average, model, min(recipe.optim.ema, (step + 1) / (step + 10)))
+                    bad = int(world.sum(torch.tensor(float(counter.bad), device=world.device)))
+                    seconds = time.perf_counter() - began
+                    watch.step(record_of(recipe, step, samples.frames, loss, norm, rate, seconds, waited, bad))
+                    if recipe.watch.validate_every and (step + 1) % recipe.watch.validate_every == 0:
+                        watch.validation(validate(average, codec, statistics, recipe, step + 1, world.device, weights))
+                    if (step + 1) % recipe.watch.save_every == 0 or step + 1 == recipe.steps:
+                        states.save(step + 1, parts)
+        return save_result(recipe, out, begin, average, world)
+
+
+def place_models(model: Transformer, recipe: Recipe, world: World) -> tuple[Transformer, Transformer]:
+    """The model to be trained and its average, both on the device and cut over the processes alike."""
     average = copy_to_average(model)
-    optimizer = make_optimizer(model, recipe.optim)
-    start = restore(out, model, average, optimizer, begin.digest)
-    schedule = Schedule(recipe.window, recipe.batch, recipe.draws, recipe.seed)
-    frames, size = recipe.preset.transformer.num_frames, recipe.preset.transformer.image_size
-    clips = batches(schedule, frames, size, start, recipe.steps, workers)
-    bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, disable=not progress, unit="step")
-    for step in bar:
-        set_learning_rate(optimizer, recipe, step)
-        began = time.perf_counter()
-        batch = next(clips)
-        waited = time.perf_counter() - began
-        generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        with efficient_attention(weights.device):
-            loss = training_loss(model, codec, statistics, batch, recipe.phase_at(step), weights, generator)
-            optimizer.zero_grad(set_to_none=True)
-            loss.total.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip)
-        require_finite(loss.total, norm, step, out)
-        optimizer.step()
-        update_average(average, model, min(recipe.optim.ema, (step + 1) / (step + 10)))
-        log(out, step, loss.per_stream.detach(), norm.detach(), time.perf_counter() - began, waited)
-        bar.set_postfix(loss=f"{float(loss.total.detach()):.3f}", wait=f"{waited:.1f}s")
-        if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-            save_result(out, recipe, average, codec)  # first: a run whose state says that it is over has its result
-            save(out, step + 1, model, average, optimizer, begin.digest)
-    return out / result_name(recipe)
+    keep_activations(model, recipe.compute.activations)
+    if recipe.compute.compile:
+        compile_blocks(model)
+    shard(model, world)
+    shard(average, world)
+    return model, average
 
 
-def claim(out: Path, recipe: Recipe) -> None:
-    """Write the recipe into a new run folder, or check that an old one is the same recipe's."""
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(asdict(recipe), indent=1)
-    path = out / "recipe.json"
-    if path.exists() and path.read_text() != text:
-        raise UserError(f"{path}: this folder holds a run of another recipe; choose a new folder or delete it")
-    path.write_text(text)
-
-
-def result_name(recipe: Recipe) -> str:
-    """The folder that a run is for."""
-    return "checkpoint" if recipe.start is None or recipe.start.lora_rank is None else "adapter"
+def samples_of(
+    recipe: Recipe, places: range, first: int, clips: Iterator[TrainingClips], device: torch.device
+) -> Iterator[Samples]:
+    """The samples of steps first, first + 1, ...; beside a GPU the next one's are drawn while it works."""
+    drawn = (draw_samples(recipe, step, places, batch, device) for step, batch in enumerate(clips, first))
+    return one_ahead(drawn) if device.type == "cuda" else drawn
 
 
 def copy_to_average(model: Transformer) -> Transformer:
@@ -105,109 +114,105 @@ def copy_to_average(model: Transformer) -> Transformer:
 
 def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     """AdamW over what is trained; weight decay on matrices only."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trained if parameter.ndim >= 3]
-    others = [parameter for parameter in trained if parameter.ndim < 3]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    decays = {name for name, parameter in trained.items() if parameter.ndim >= 3 and "scale_shift" not in name}
+    matrices = [parameter for name, parameter in trained.items() if name in decays]
+    others = [parameter for name, parameter in trained.items() if name not in decays]
     groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=True)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> None:
-    """Linear warm-up, constant, linear decay to zero at the end."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> float:
+    """Linear warm-up, constant, linear decay to zero at the end. Returns the rate of this step."""
     optim, steps = recipe.optim, recipe.steps
     warm = (step + 1) / optim.warmup
     left = (steps - step) / max(1, round(optim.decay * steps))
+    rate = optim.lr * min(1.0, warm, left)
     for group in optimizer.param_groups:
-        group["lr"] = optim.lr * min(1.0, warm, left)
+        group["lr"] = rate
+    return rate
 
 
-def efficient_attention(device: torch.device) -> AbstractContextManager[None]:
-    """On a CPU, plain bf16 products are 1.3x as fast in training as the fused kernel (docs/lab-notes.md)."""
-    if device.type == "cuda":
-        return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    return sdpa_kernel([SDPBackend.MATH])
+def accumulate_gradients(
+    model: Transformer,
+    codec: Codec,
+    statistics: Statistics,
+    samples: Samples,
+    weights: Tensor,
+    recipe: Recipe,
+    world: World,
+) -> Tensor:
+    """Gradients of the global batch's loss, from this process's samples and all others'.
 
-
-def require_finite(loss: Tensor, norm: Tensor, step: int, out: Path) -> None:
-    """Stop at the first NaN: it is never masked."""
-    if not torch.isfinite(loss) or not torch.isfinite(norm):
-        raise UserError(f"step {step}: loss {float(loss)}, gradient norm {float(norm)}; last good state is in {out}")
-
-
-@torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, keep: float) -> None:
-    """Exponential moving average of what is trained."""
-    pairs = zip(average.parameters(), model.parameters(), strict=True)
-    mine, theirs = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)
-    torch._foreach_lerp_(list(mine), list(theirs), 1 - keep)
-
-
-def log(out: Path, step: int, per_stream: Tensor, norm: Tensor, seconds: float, waited: float) -> None:
-    """One JSON line per step."""
-    line = {
-        "step": step,
-        "loss": [round(float(value), 5) for value in per_stream],
-        "grad_norm": round(float(norm), 4),
-        "seconds": round(seconds, 3),
-        "data_wait": round(waited, 3),
-    }
-    with open(out / "log.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def save(
-    out: Path, step: int, model: Transformer, average: Transformer, optimizer: torch.optim.Optimizer, digest: str
-) -> None:
-    """Write the resumable state by renaming a finished file."""
-    state = {
-        "step": step,
-        "model": trained_state(model),
-        "average": trained_state(average),
-        "optim": optimizer.state_dict(),
-        "digest": digest,
-    }
-    torch.save(state, out / "state.tmp")
-    os.replace(out / "state.tmp", out / "state.pt")
-
-
-def save_result(out: Path, recipe: Recipe, average: Transformer, codec: TinyCodec) -> None:
-    """Write the checkpoint or the adapter by renaming a finished folder."""
-    folder = out / result_name(recipe)
-    if recipe.start is not None and recipe.start.lora_rank is not None:
-        save_lora(average, folder, base=recipe.start.checkpoint)
-    else:
-        save_checkpoint(folder, average, codec, torch.bfloat16)
-
-
-def trained_state(model: Transformer) -> dict[str, Tensor]:
-    """The adapters, where there are some: the rest comes from the checkpoint. Otherwise the whole state."""
-    adapters = {name: parameter.detach() for name, parameter in lora_parameters(model).items()}
-    return adapters or model.state_dict()
-
-
-def restore(out: Path, model: Transformer, average: Transformer, optimizer: torch.optim.Optimizer, digest: str) -> int:
-    """Load the state that `out` holds, if any; returns the step to go on from. The log is cut back to that step.
-
-    Raises:
-        UserError: the state is damaged, or the checkpoint that the run began with has changed.
+    Returns:
+        `[4]`, the global batch's loss of each stream.
     """
-    path = out / "state.pt"
-    if not path.exists():
-        return 0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        raise UserError(f"{path}: damaged, so this run can't go on: {error}; delete it to start again") from error
-    if state.get("digest", "") != digest:
-        raise UserError(
-            f"{path}: the checkpoint that this run began with (see {out / 'recipe.json'}) holds other weights now, so "
-            "it can't go on; bring the old ones back, or choose a new folder"
-        )
-    for module, part in ((model, "model"), (average, "average")):
-        module.load_state_dict({**module.state_dict(), **state[part]})
-    optimizer.load_state_dict(state["optim"])
-    step = int(state["step"])
-    lines = (out / "log.jsonl").read_text().splitlines(keepends=True)
-    (out / "log.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] < step))
-    return step
+    counts = world.sum(samples.group_counts.to(world.device))
+    loss = torch.zeros_like(counts)
+    compute = recipe.compute
+    micro_batches = samples.split(compute.micro_batch)
+    for micro_batch in micro_batches:
+        synchronise_gradients(model, micro_batch is micro_batches[-1])
+        with efficient_attention(world.device, compute.activations):
+            part = micro_batch_loss(model, codec, statistics, micro_batch, counts, weights, compute.precision)
+            part.total.backward()
+        loss += part.per_stream.detach()
+    return world.sum(loss)
+
+
+def watch_run(recipe: Recipe, out: Path, world: World, first: int, progress: bool) -> Watch:
+    """The run's log, bar and events."""
+    peak = peak_flops(world.device)
+    return Watch(
+        out,
+        first,
+        recipe.steps,
+        main=world.main,
+        progress=progress and world.main,
+        peak_flops=None if peak is None else peak * world.size,
+    )
+
+
+def record_of(
+    recipe: Recipe,
+    step: int,
+    frames: int,
+    loss: Tensor,
+    norm: Tensor,
+    rate: float,
+    seconds: float,
+    waited: float,
+    bad_clips: int,
+) -> StepRecord:
+    """What is told of a step."""
+    return StepRecord(
+        step=step,
+        loss=tuple(loss.tolist()),
+        total=float(loss.mean()),
+        grad_norm=float(norm),
+        lr=rate,
+        seconds=seconds,
+        data_wait=waited,
+        clips=recipe.batch,
+        flops=step_flops(recipe.preset.transformer, frames, recipe.batch, adapters=trains_adapters(recipe)),
+        bad_clips=bad_clips,
+    )
+
+
+def trains_adapters(recipe: Recipe) -> bool:
+    """Whether adapters are trained, and nothing else."""
+    return recipe.start is not None and recipe.start.lora_rank is not None
+
+
+def save_result(recipe: Recipe, out: Path, begin: Start, average: Transformer, world: World) -> Path:
+    """Write the averaged checkpoint or adapter; weights in parts are gathered by the main process."""
+    folder = out / ("adapter" if trains_adapters(recipe) else "checkpoint")
+    if world.size > 1:
+        state = full_state(average, world)
+        average = begin.whole_model(state) if world.main else average
+    if world.main and recipe.start is not None and trains_adapters(recipe):
+        save_lora(average, folder, base=recipe.start.checkpoint)
+    elif world.main:
+        save_checkpoint(folder, average, begin.vae, torch.bfloat16)
+    world.wait()
+    return folder

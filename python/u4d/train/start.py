@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from u4d.checkpoint import find_checkpoint
-from u4d.checkpoint_files import read_json
 from u4d.errors import UserError
 from u4d.model.codec import TinyCodec
 from u4d.model.latents import Statistics
-from u4d.model.lora import LoRAConfig, add_lora
+from u4d.model.lora import LoRAConfig, add_lora, lora_layers
 from u4d.model.streams import Streams
 from u4d.model.transformer import Transformer
+from u4d.model.wan_codec import as_codec
 from u4d.pipeline import Pipeline
 from u4d.presets import CodecConfig, TransformerConfig, read_config
 from u4d.train.codec import fit_grey_decoders, measure_statistics, train_codec
 from u4d.train.recipe import Recipe
+from u4d.train.settings import to_json
+from u4d.train.shard import from_main, start_alike
+from u4d.train.world import World
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
 
 CHECKPOINTS_OWN = ("latents_mean", "latents_std", "reference_fov_rad", "text_length", "origin")  # no sizes
 
@@ -33,57 +38,97 @@ class Start:
 
     Attributes:
         model: on the CPU; with adapters, all other parameters are frozen.
-        codec: in float32, not trained any more.
+        vae: a `TinyCodec` or Wan's VAE, in float32, not trained any more.
         statistics: the model's latent statistics.
         digest: of the checkpoint's weights, or "" for fresh ones: a run must go on from the very same.
     """
 
     model: Transformer
-    codec: TinyCodec
+    vae: ModelMixin
     statistics: Statistics
     digest: str = ""
 
+    def whole_model(self, state: dict[str, Tensor]) -> Transformer:
+        """A model of the same kind with these weights, which are not copied."""
+        with torch.device("meta"):
+            model = Transformer(read_config(TransformerConfig, self.model.config))
+            layers = list(lora_layers(self.model).values())
+            if layers:
+                add_lora(model, layers[0].config)
+        model.load_state_dict(state, assign=True)
+        return model
 
-def fresh_start(recipe: Recipe, out: Path, progress: bool) -> Start:
-    """Codec (kept in `out/codec`), statistics and a model with random weights."""
+
+def begin_run(recipe: Recipe, out: Path, world: World, progress: bool) -> Start:
+    """What the recipe's run begins with, the same in every process. Writes the recipe, and a fresh codec, into `out`.
+
+    Raises:
+        UserError: the checkpoint is not there or does not fit, or `out` belongs to another recipe.
+    """
+    begin = None if recipe.start is None else start_from_checkpoint(recipe)  # refused before anything is written
+    claim(out, recipe, world)
+    begin = begin or fresh_start(recipe, out, world, progress)
+    start_alike(begin.model, world)
+    return begin
+
+
+def claim(out: Path, recipe: Recipe, world: World) -> None:
+    """Write the recipe into a new run folder, or check that an old one is the same recipe's."""
+    text, path = to_json(recipe), out / "recipe.json"
+    if path.exists() and path.read_text() != text:
+        raise UserError(f"{path}: this folder holds a run of another recipe; choose a new folder or delete it")
+    world.wait()  # all have looked
+    if world.main:
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    world.wait()
+
+
+def fresh_start(recipe: Recipe, out: Path, world: World, progress: bool) -> Start:
+    """Codec (trained by the main process and kept in `out/codec`), statistics and a model with random weights."""
+    if world.main:
+        prepare_codec(recipe, out, progress)
+    world.wait()
     codec = prepare_codec(recipe, out, progress)
-    statistics, streams = measure_statistics(codec, recipe)
+    own, streams = measure_statistics(codec, recipe)
+    fov_rad = float(from_main(torch.tensor(own.reference_fov_rad), world))
+    statistics = Statistics(from_main(own.mean, world), from_main(own.std, world), fov_rad)
     return Start(build(recipe, codec, statistics, streams), codec, statistics)
 
 
 def start_from_checkpoint(recipe: Recipe) -> Start:
     """The model, codec and statistics of the recipe's checkpoint. Nothing is written.
 
-    Weights that stay frozen are bfloat16, as training computes with them.
+    Weights that stay frozen are bfloat16 where training computes with them so.
 
     Raises:
         UserError: no such checkpoint, a damaged one, or one of other sizes than the recipe's preset.
     """
     assert recipe.start is not None
     name, rank = recipe.start.checkpoint, recipe.start.lora_rank
-    require_tiny_codec(find_checkpoint(name))
-    pipe = Pipeline.from_pretrained(name, device="cpu", dtype=torch.float32 if rank is None else torch.bfloat16)
-    assert isinstance(pipe.vae, TinyCodec)
+    half = rank is not None and recipe.compute.precision == "bf16"
+    pipe = Pipeline.from_pretrained(name, device="cpu", dtype=torch.bfloat16 if half else torch.float32)
     require_sizes(name, recipe.preset.transformer, read_config(TransformerConfig, pipe.transformer.config))
-    if recipe.preset.codec is not None:
-        require_sizes(name, recipe.preset.codec, read_config(CodecConfig, pipe.vae.config))
+    as_codec(pipe.vae)  # refuses variants
+    require_codec(name, recipe.preset.codec, pipe.vae)
     digest = digest_of(pipe.transformer, pipe.vae)
     model = pipe.transformer.train()
     if rank is not None:
         torch.manual_seed(recipe.seed)
         add_lora(model, LoRAConfig(rank=rank, alpha=rank))
-    return Start(model, pipe.vae.float().eval(), pipe.statistics, digest)
+    return Start(model, pipe.vae.float().eval().requires_grad_(False), pipe.statistics, digest)
 
 
-def require_tiny_codec(folder: Path) -> None:
-    """Raise UserError for a checkpoint with another codec, before its weights are read."""
-    index_file = folder / "model_index.json"
-    entry = read_json(index_file).get("vae")
-    if not isinstance(entry, list) or entry[-1:] != [TinyCodec.__name__]:
+def require_codec(name: str, wanted: CodecConfig | None, found: ModelMixin) -> None:
+    """Raise UserError unless a checkpoint's codec is the preset's, or the preset asks for Wan's VAE (None)."""
+    kind = "AutoencoderKLWan" if wanted is None else "TinyCodec"
+    if type(found).__name__ != kind:
         raise UserError(
-            f"checkpoint {index_file}: component 'vae': expected a {TinyCodec.__name__}, got {json.dumps(entry)}: "
-            "this version trains models with that small codec only"
+            f"checkpoint {name}: vae: expected {kind} as in the recipe's preset, got {type(found).__name__}; "
+            "take a recipe of the checkpoint's own sizes"
         )
+    if wanted is not None:
+        require_sizes(name, wanted, read_config(CodecConfig, found.config))
 
 
 def require_sizes(name: str, wanted: TransformerConfig | CodecConfig, found: TransformerConfig | CodecConfig) -> None:

@@ -1,4 +1,4 @@
-"""One training step: draw a task, encode the clips, noise them, compare velocities."""
+"""One training step's loss: encode the clips, noise them as drawn, compare velocities."""
 
 from __future__ import annotations
 
@@ -7,70 +7,62 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from u4d.clips import Clips
-from u4d.diffusion.flow import draw_noise, noisy_latents, velocity_target
+from u4d.diffusion.flow import noisy_latents, velocity_target
 from u4d.diffusion.losses import FlowLoss, flow_matching_loss
-from u4d.diffusion.patterns import draw_batch
-from u4d.geometry.cameras import relative_to_first
 from u4d.model.latents import Codec, Statistics, encode_streams
 from u4d.model.streams import observed_scale, to_streams
 from u4d.model.transformer import Transformer
-from u4d.train.recipe import Phase
+from u4d.train.samples import DEPTH, Samples
 from u4d_fast.time_layout import frame_groups
 
 
-def training_loss(
+def micro_batch_loss(
     model: Transformer,
     codec: Codec,
     statistics: Statistics,
-    clips: Clips,
-    phase: Phase,
-    weights: Tensor,
-    generator: torch.Generator,
+    samples: Samples,
+    group_counts: Tensor,
+    channel_weights: Tensor,
+    precision: str = "bf16",
 ) -> FlowLoss:
-    """Flow-matching loss of a batch of fully known clips under one random task per clip.
+    """Flow-matching loss of a part of the global batch; the parts' losses add up to the loss of the whole.
 
-    Everything random comes from `generator`, which is the CPU's whatever the model's device is, so a step depends on
-    its seed and its clips alone.
+    A stream that a clip does not have is pure noise at t = 1 for the model, and carries no loss.
+
+    Args:
+        model, codec: on the device of `channel_weights`.
+        statistics: of the latents.
+        samples: on the CPU; their noise may be anywhere.
+        group_counts: `[4]`, supervised groups of the whole global batch.
+        channel_weights: `[4,16]`.
+        precision: "bf16" (products in bfloat16) or "fp32".
     """
-    device = weights.device
-    clips = random_cut(clips, phase, generator).to(device)
-    rgb, *_ = clips.everything()
-    groups = frame_groups(rgb.shape[1])
-    available = draw_available(len(rgb), phase.rgb_only, generator)
-    task = draw_batch(
-        available,
-        len(groups),
-        generator=generator,
-        weights=phase.patterns,
-        target_floor=phase.target_floor,
-        clean_context_prob=phase.clean_context_prob,
-        supervise_context=phase.target_floor == "uniform",
-    )
-    with torch.no_grad():
-        scale = observed_scale(clips, task.context, groups).to(device)
-        clean = encode_streams(to_streams(clips, scale, (rgb.shape[-2], rgb.shape[-1])), codec, statistics)
-    noise, times = draw_noise(clean.shape, generator, device=device), task.times.to(device)
+    device = channel_weights.device
+    clean = clean_latents(samples, codec, statistics, device)
+    noise, times = samples.noise.to(device), samples.task.times.to(device)
     noisy = noisy_latents(clean, noise, times)
-    with torch.autocast(device.type, torch.bfloat16):
+    # Each weight is used once: a cache of their bfloat16 copies would only hold memory that FSDP means to free.
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
         velocity = model(noisy, times)
-    return flow_matching_loss(velocity, velocity_target(clean, noise), task.supervised.to(device), weights)
+    supervised = samples.task.supervised.to(device)
+    return flow_matching_loss(
+        velocity, velocity_target(clean, noise), supervised, channel_weights, group_counts=group_counts
+    )
 
 
-def draw_available(batch: int, rgb_only: float, generator: torch.Generator) -> Tensor:
-    """Treat some fully known clips as RGB-only ones, `[B,4]` bool: "the first image alone" is met nowhere else."""
-    available = torch.ones(batch, 4, dtype=torch.bool)
-    available[torch.rand(batch, generator=generator) < rgb_only, 1:] = False
-    return available
-
-
-def random_cut(clips: Clips, phase: Phase, generator: torch.Generator) -> Clips:
-    """A random stretch of the length that the phase asks for, its cameras relative to its first."""
-    lengths = sorted(phase.frames)
-    odds = torch.tensor([phase.frames[length] for length in lengths])
-    *_, cam_to_world = clips.everything()
-    total = cam_to_world.shape[1]
-    frames = min(lengths[int(torch.multinomial(odds, 1, generator=generator))], total)
-    start = int(torch.randint(total - frames + 1, (1,), generator=generator))
-    cut = clips.map(lambda part: part[:, start : start + frames])
-    return replace(cut, cam_to_world=relative_to_first(cam_to_world[:, start : start + frames]))
+@torch.no_grad()
+def clean_latents(samples: Samples, codec: Codec, statistics: Statistics, device: torch.device) -> Tensor:
+    """Normalised latents `[B,4,16,F,h,w]` of the samples' clips; zeros for streams that a clip does not have."""
+    clips, available = samples.clips.clips.to(device), samples.clips.available.to(device)
+    rgb, depth, _, cam_to_world = clips.everything()
+    # Hidden parts must not reach the scale either: depth 0 is invalid, and cameras that stand still have no extent.
+    has_depth = available[:, DEPTH, None, None, None]
+    depth = torch.where(has_depth, depth, torch.zeros_like(depth))
+    standing = torch.eye(4, device=device).expand_as(cam_to_world)
+    cam_to_world = torch.where(available[:, -1, None, None, None], cam_to_world, standing)
+    known = replace(clips, depth=depth, cam_to_world=cam_to_world)
+    scale = observed_scale(known, samples.task.context, frame_groups(samples.frames)).to(device)
+    filled = torch.where(has_depth, depth, torch.ones_like(depth))
+    streams = to_streams(replace(known, depth=filled), scale, (rgb.shape[-2], rgb.shape[-1]))
+    latents = encode_streams(streams, codec, statistics)
+    return torch.where(available[:, :, None, None, None, None], latents, torch.zeros_like(latents))

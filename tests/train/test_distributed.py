@@ -1,0 +1,91 @@
+"""Several processes compute what one does: the same losses and weights, but for rounding."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import Shard
+
+import u4d
+from train.runs import largest_difference, losses, saved, train, train_in_processes, train_until
+from u4d.model.transformer import Transformer
+from u4d.train.recipe import Compute, FineTuning, debug_run
+from u4d.train.shard import shard_dimension
+
+SAME = 1e-5
+
+# The weights move 400 times further than they may differ. (Adam steps by the gradient's sign, more or less, so where it
+# is nearly zero rounding is as large as a small share of the learning rate.)
+RECIPE = replace(
+    debug_run(), batch=4, optim=replace(debug_run().optim, lr=1e-3, warmup=1), compute=Compute(precision="fp32")
+)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process with the whole batch at once."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    train(RECIPE, run)
+    return run
+
+
+def assert_same(mine: Path, theirs: Path) -> None:
+    """Losses and weights of two runs."""
+    assert torch.allclose(losses(mine), losses(theirs), rtol=SAME, atol=SAME)
+    assert largest_difference(saved(mine), saved(theirs)) < SAME
+
+
+def test_micro_batches_add_up_to_the_batch(alone: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, compute=Compute(precision="fp32", micro_batch=1))
+    train(recipe, tmp_path / "run")
+    assert_same(alone, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(alone: Path, tmp_path: Path) -> None:
+    """With micro-batches, so that gradients are added up in each process first, and with validations in between."""
+    run = tmp_path / "run"
+    watch = replace(RECIPE.watch, validate_every=2, validation_clips=2)
+    train_in_processes(replace(RECIPE, compute=Compute(precision="fp32", micro_batch=1), watch=watch), run, 2)
+    assert_same(alone, run)
+    mine, theirs = (u4d.Pipeline.from_pretrained(folder / "checkpoint").transformer for folder in (alone, run))
+    for name, tensor in mine.state_dict().items():
+        assert torch.allclose(tensor, theirs.state_dict()[name], rtol=2**-7, atol=SAME), name
+    assert set(saved(run)["model"]) == set(Transformer(RECIPE.preset.transformer).state_dict())
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(alone: Path, tmp_path: Path) -> None:
+    """Two steps of one process, two of two processes; then the last step once more, by one process."""
+    recipe = replace(RECIPE, watch=replace(RECIPE.watch, save_every=1, keep=4))
+    run = tmp_path / "run"
+    train_until(recipe, run, 2)
+    train_in_processes(recipe, run, 2)
+    assert_same(alone, run)
+    shutil.rmtree(run / "state" / "step_00000004")
+    train(recipe, run)
+    assert_same(alone, run)
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_by_two_processes(debug_checkpoint: Path, tmp_path: Path) -> None:
+    """Frozen weights are bfloat16, adapters float32: both are cut over the processes."""
+    recipe = replace(RECIPE, compute=Compute(precision="bf16"), start=FineTuning(str(debug_checkpoint), 3))
+    train(recipe, tmp_path / "one")
+    train_in_processes(recipe, tmp_path / "two", 2)
+    assert torch.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-3, atol=1e-3)
+    pipe = u4d.Pipeline.from_pretrained(debug_checkpoint)
+    pipe.load_lora(tmp_path / "two" / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("shape", "processes", "dimension"),
+    [((4, 96, 48), 2, 0), ((4, 96, 48), 4, 0), ((4, 96, 480), 8, 2), ((4, 1, 6, 64), 16, 3), ((4, 10), 8, 0)],
+)
+def test_weights_are_cut_where_all_processes_get_a_part(shape: tuple[int, ...], processes: int, dimension: int) -> None:
+    assert shard_dimension(nn.Parameter(torch.zeros(shape)), processes) == Shard(dimension)
