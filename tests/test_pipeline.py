@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -209,3 +210,23 @@ def test_a_checkpoint_recommends_settings_for_known_video_only(pipe: u4d.Pipelin
     own = u4d.Pipeline.from_pretrained(tmp_path / "own")
     assert own.recommended(parse_observation("rgb:all,camera:0", 6)) == (3, 1.5)
     assert own.recommended(parse_observation("rgb:0,-1", 6)) == (40, 2.0)
+
+
+def test_one_observed_lens_is_the_lens_of_the_clip(pipe: u4d.Pipeline, scene: u4d.Scene) -> None:
+    out = pipe.complete(scene, observe="rgb:all,camera:0", steps=1)
+    torch.testing.assert_close(out.intrinsics, scene.intrinsics[:1].expand(6, -1, -1), rtol=0, atol=1e-4)
+    focal = scene.intrinsics.clone()
+    focal[-1, 0, 0] *= 2
+    out = pipe.complete(replace(scene, intrinsics=focal), observe="rgb:all,camera:0,-1", steps=1)
+    assert torch.equal(out.intrinsics[[0, -1]], focal[[0, -1]])
+
+
+def test_windows_complete_every_frame(pipe: u4d.Pipeline) -> None:
+    long = u4d.data.ProceduralScenes(split="test", frames=15, size=(32, 48))[5]
+    out = pipe.complete(long, steps=1, window=6)
+    assert out.num_frames == 15 and torch.equal(out.rgb, long.rgb)
+    assert bool(torch.isfinite(out.cam_to_world).all()) and len(out.report["windows"]) == 4
+    with pytest.raises(UserError, match="overlap: expected it together with window"):
+        pipe.complete(long, steps=1, overlap=2)
+    with pytest.raises(UserError, match="window: expected 2 to 6 frames"):
+        pipe.complete(long, steps=1, window=7)

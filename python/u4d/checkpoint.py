@@ -101,7 +101,9 @@ def save_checkpoint(folder: Path, transformer: Transformer, codec: TinyCodec, dt
     from u4d.pipeline import Pipeline
 
     if lora_layers(transformer):
-        raise UserError("transformer: expected plain weights, got LoRA adapters over them; merge_lora or save_lora them")
+        raise UserError(
+            "transformer: expected plain weights, got LoRA adapters over them; merge_lora or save_lora them"
+        )
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)

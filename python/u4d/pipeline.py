@@ -30,10 +30,12 @@ from u4d.model.text import TextKeys
 from u4d.model.transformer import Transformer
 from u4d.model.wan_codec import as_codec
 from u4d.sample.denoise import DEFAULT_GUIDANCE, Velocity, denoise
-from u4d.sample.given import Given, hold_observed, keep_observed, prepare
+from u4d.sample.given import Given, hold_observed, keep_observed, lens_of, prepare
 from u4d.sample.observation import Observation
 from u4d.sample.report import consistency, describe, describe_search
 from u4d.sample.search import choose_candidate, draw_candidate_noise, score_candidates
+from u4d.sample.window_plan import check_window
+from u4d.sample.windows import complete_windows
 from u4d.scene import Scene
 from u4d.text_encoder import embed, encode_prompt
 
@@ -178,6 +180,8 @@ class Pipeline(DiffusionPipeline):
         prompt: str = "",
         *,
         frames: int | None = None,
+        window: int | None = None,
+        overlap: int | None = None,
         original_size: bool = False,
         shared_intrinsics: bool = True,
         progress: Progress | None = None,
@@ -195,6 +199,9 @@ class Pipeline(DiffusionPipeline):
             seed: reproduces the result; candidate k is the same for every L.
             prompt: description in words, for checkpoints with a text encoder.
             frames: frames of the result, when other than the scene's (up to the checkpoint's clip).
+            window: complete every frame of a scene of any length, so many at a time, in one world frame and one scale;
+                without it a longer scene is sampled down.
+            overlap: frames that neighbouring windows share; None for the usual number (see `complete_windows`).
             original_size: return images, depth and intrinsics at the scene's own size.
             shared_intrinsics: the lens does not change during the clip.
             progress: called as progress(stage, done, total).
@@ -206,6 +213,24 @@ class Pipeline(DiffusionPipeline):
             UserError: the observation does not fit the scene, or a setting is out of range.
         """
         check_settings(steps, candidates, guidance)
+        if window is not None:
+            config = self.transformer.config
+            settings = {"steps": steps, "guidance": guidance, "candidates": candidates, "prompt": prompt}
+            return complete_windows(
+                self.complete,
+                scene,
+                observe,
+                window=window,
+                overlap=check_window(window, overlap, config.num_frames, frames),
+                image_size=(config.image_size[0], config.image_size[1]),
+                original_size=original_size,
+                seed=seed,
+                progress=progress,
+                shared_intrinsics=shared_intrinsics,
+                **settings,
+            )
+        if overlap is not None:
+            raise UserError(f"overlap: expected it together with window, got {overlap} alone; it is what windows share")
         clock = Clock()
         with clock.stage("prepare"):
             config = self.transformer.config
@@ -222,7 +247,8 @@ class Pipeline(DiffusionPipeline):
                 )
         with clock.stage("decode"), self.at_work(self.vae):
             num_frames = given.placement.num_frames
-            drawn, residual = self.decode(latents, num_frames, given.scale, shared_intrinsics)
+            lens = lens_of(given.clip, given.observation) if shared_intrinsics else None
+            drawn, residual = self.decode(latents, num_frames, given.scale, shared_intrinsics, lens)
             rgb, depth, intrinsics, cam_to_world = keep_observed(drawn, given).everything()
         with clock.stage("search"):
             scores = score_candidates(rgb, depth, intrinsics, cam_to_world)
@@ -325,13 +351,15 @@ class Pipeline(DiffusionPipeline):
 
         return predict
 
-    def decode(self, latents: Tensor, num_frames: int, scale: float, shared_intrinsics: bool) -> tuple[Clips, Tensor]:
-        """Candidates' clips and camera residuals, decoded one by one to bound memory."""
+    def decode(
+        self, latents: Tensor, num_frames: int, scale: float, shared_intrinsics: bool, lens: Tensor | None = None
+    ) -> tuple[Clips, Tensor]:
+        """Candidates' clips and camera residuals, decoded one by one to bound memory; `lens`: see `lens_of`."""
         parts, residuals = [], []
         scales = torch.tensor([scale], device=latents.device)
         for candidate in latents.split(1):
             streams = decode_latents(candidate, self.codec, self.statistics, num_frames)
-            clips, residual = to_clips(streams, num_frames, scales, shared_intrinsics)
+            clips, residual = to_clips(streams, num_frames, scales, shared_intrinsics, lens)
             parts.append(clips)
             residuals.append(residual)
         return join(parts), torch.cat(residuals)

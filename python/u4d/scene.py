@@ -148,7 +148,13 @@ class Scene:
         return replace(self, rgb=rgb, depth=depth, intrinsics=intrinsics)
 
     @staticmethod
-    def load(path: str | Path, *, cameras: str | Path | None = None, max_frames: int | None = None) -> Scene:
+    def load(
+        path: str | Path,
+        *,
+        cameras: str | Path | None = None,
+        max_frames: int | None = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> Scene:
         """Read a clip: a video, an image, a folder of images, a saved scene, or a nerfstudio `transforms.json`.
 
         Args:
@@ -156,13 +162,15 @@ class Scene:
             cameras: a camera path to attach: nerfstudio json, RealEstate10K text, or TUM trajectory (no intrinsics).
             max_frames: read at most so many frames, evenly spaced, first and last always among them. Only these are
                 held in memory.
+            image_size: (H, W) to bring the clip to, as `resized` does. Videos and images are resized one by one while
+                they are read, so that a long clip need not be held at its full size.
         Raises:
             UserError: nothing there, damaged or unsuitable files, or a camera path that does not fit; the message
                 names the file and, where it applies, the frame.
         """
         from u4d.data.open_scene import open_scene
 
-        return open_scene(Path(path), None if cameras is None else Path(cameras), max_frames)
+        return open_scene(Path(path), None if cameras is None else Path(cameras), max_frames, image_size)
 
     def save(
         self,

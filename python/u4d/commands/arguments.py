@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,6 +84,24 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_windows(parser: argparse.ArgumentParser) -> None:
+    """Long clips, part by part."""
+    parser.add_argument(
+        "--window",
+        type=whole_number(1),
+        metavar="N",
+        help="complete every frame of a long input, N at a time (at most the checkpoint's; tiny: 18); "
+        "the first window must hold what is observed of cameras and depth, since it sets world frame and scale",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=whole_number(1),
+        metavar="K",
+        help="with --window: frames that neighbouring windows share (default 10 of 18 or more, 6 of 10 or more, "
+        "else 2); 2, 6, 10, 14, ... waste none",
+    )
+
+
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Which weights, and where they run."""
     parser.add_argument(
@@ -91,7 +110,15 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a shipped preset, a folder in diffusers' layout, or a hub id (default tiny)",
     )
+    parser.add_argument(
+        "--lora", type=Path, metavar="FOLDER", help="adapters of that checkpoint, as 'u4d train --lora' or peft write"
+    )
     add_device(parser)
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="keep weights on the CPU and bring each part to the GPU while it works: for models that don't fit whole",
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -141,17 +168,43 @@ def torch_device(device: str) -> str:
     return device
 
 
-def load_pipeline(checkpoint: str, device: str) -> Pipeline:
+@dataclass(frozen=True)
+class Weights:
+    """What `add_checkpoint` asks for: which weights, with what adapters, and where they run."""
+
+    checkpoint: str = "tiny"
+    lora: Path | None = None
+    device: str = "auto"
+    offload: bool = False
+
+
+def weights_of(args: argparse.Namespace) -> Weights:
+    """The arguments of `add_checkpoint`."""
+    return Weights(args.checkpoint, args.lora, args.device, args.offload)
+
+
+def load_pipeline(weights: Weights) -> Pipeline:
     """The pipeline on its device; on a CPU it gets all cores that this process may use.
 
     Raises:
-        UserError: no such checkpoint, a damaged one, or no such device.
+        UserError: no such checkpoint or adapters, damaged ones, or no such device.
     """
     from u4d.commands.console import quiet_libraries, use_all_cores
 
-    device = torch_device(device)
+    device = torch_device(weights.device)
+    if weights.offload and device == "cpu":
+        raise UserError("--offload: expected a GPU to bring the parts to, got the CPU; leave it out")
     use_all_cores()
     with quiet_libraries():
+        import torch
+
         from u4d.pipeline import Pipeline
 
-        return Pipeline.from_pretrained(checkpoint, device=device)
+        if weights.offload:
+            pipe = Pipeline.from_pretrained(weights.checkpoint, device="cpu", dtype=torch.bfloat16)
+            pipe.enable_offload(device)
+        else:
+            pipe = Pipeline.from_pretrained(weights.checkpoint, device=device)
+        if weights.lora is not None:
+            pipe.load_lora(weights.lora)
+        return pipe

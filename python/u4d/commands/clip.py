@@ -34,14 +34,17 @@ class Clip:
     completed: bool
 
 
-def read_clip(path: Path, cameras: Path | None, observe: str, most: int) -> Clip:
+def read_clip(
+    path: Path, cameras: Path | None, observe: str, most: int | None, image_size: tuple[int, int] | None = None
+) -> Clip:
     """Read an input, holding no more than `most` evenly spaced frames of a longer one.
 
     Args:
         path: as for `Scene.load`.
         cameras: a camera path to attach, or None.
         observe: observation spec; its indices are frames of the input, also of those that are not kept.
-        most: frames to keep.
+        most: frames to keep; None for all.
+        image_size: (H, W) to bring it to while it is read; None to leave it as it is.
     Raises:
         UserError: unreadable input, a spec that does not fit it, or one whose frames are all among those left out.
     """
@@ -51,11 +54,11 @@ def read_clip(path: Path, cameras: Path | None, observe: str, most: int) -> Clip
     from u4d.scene import Scene
 
     if (path / MARKER).is_file():
-        whole = Scene.load(path, cameras=cameras)
+        whole = Scene.load(path, cameras=cameras, image_size=image_size)
         total, kept = whole.num_frames, even_indices(whole.num_frames, most)
         scene = whole if len(kept) == total else replace(whole.frames(kept), fps=kept_fps(whole.fps, total, len(kept)))
     else:
-        scene = Scene.load(path, cameras=cameras, max_frames=most)
+        scene = Scene.load(path, cameras=cameras, max_frames=most, image_size=image_size)
         total, kept = scene.report["source"]["frames"], list(scene.report["source"]["kept"])
     asked = parse_observation(observe, total)
     observation, notes = keep_frames(asked, kept)

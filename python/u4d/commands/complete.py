@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from u4d.commands.arguments import add_checkpoint, add_observation, add_sampling, observation_spec, whole_number
+from u4d.commands.arguments import (
+    add_checkpoint,
+    add_observation,
+    add_sampling,
+    add_windows,
+    observation_spec,
+    weights_of,
+    whole_number,
+)
 
 SUMMARY = "complete a video, images or a partial scene into depth, cameras and a saved 4D scene"
 
@@ -21,6 +29,8 @@ examples:
         the images between the first and the last, with their depth and cameras
   u4d complete photo.jpg -o out/photo --frames 18 --seed 3
         one image observed, 17 more generated
+  u4d complete walk.mp4 -o out/walk --window 18
+        every frame of a long video, 18 at a time, in one world frame and one scale
   u4d complete out/clip -o out/again --observe "camera:all,rgb:0,-1"
         from a saved scene, as if only its cameras and two images were known"""
 
@@ -34,8 +44,8 @@ observations (--observe), separated by commas; indices are frames of the input, 
 
 INPUTS = """\
 INPUT is one of: a video; an image; a folder of images in the order of their names; a saved scene folder;
-a nerfstudio transforms.json or its folder. It may have any number of frames and any size: it is sampled and
-resized to the clip of the checkpoint (tiny: 18 frames of 96x128), intrinsics following.
+a nerfstudio transforms.json or its folder. It may have any number of frames and any size: it is sampled (with
+--window it is not) and resized to the clip of the checkpoint (tiny: 18 frames of 96x128), intrinsics following.
 
 OUT becomes a folder: scene.json (cameras, scale, report), rgb.mp4, depth.npz (float32, metres or units),
 depth.mp4, trajectory.tum, points.ply, summary.png. Cameras are OpenCV camera-to-world (x right, y down,
@@ -59,8 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--frames",
         type=whole_number(1),
         metavar="N",
-        help="frames of the result (default: the input's, up to the checkpoint's)",
+        help="frames of the result (default: the input's, up to the checkpoint's; with --window, all)",
     )
+    add_windows(parser)
     parser.add_argument("--prompt", default="", metavar="TEXT", help="in words; for checkpoints with a text encoder")
     add_checkpoint(parser)
     parser.add_argument("--original-size", action="store_true", help="return results at the size of the input")
@@ -91,9 +102,10 @@ def run(args: argparse.Namespace) -> None:
         candidates=args.candidates,
         seed=args.seed,
         frames=args.frames,
+        window=args.window,
+        overlap=args.overlap,
         prompt=args.prompt,
-        checkpoint=args.checkpoint,
-        device=args.device,
+        weights=weights_of(args),
         original_size=args.original_size,
         lossless=args.lossless,
         overwrite=args.overwrite,

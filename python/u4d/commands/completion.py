@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from u4d.commands.arguments import existing, load_pipeline
+from u4d.commands.arguments import Weights, existing, load_pipeline
 from u4d.commands.clip import Clip, read_clip
 from u4d.commands.comparison import compare, format_errors, known_truth, summary_errors
 from u4d.commands.console import Bars, format_facts, format_table
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from u4d.pipeline import Pipeline
     from u4d.scene import Scene
 
+MOST_WINDOWS = 12  # that are printed
 STAGES = ("load", "prepare", "denoise", "decode", "search", "compare", "save")
 
 
@@ -37,9 +38,10 @@ class Job:
     candidates: int = 1
     seed: int = 0
     frames: int | None = None
+    window: int | None = None
+    overlap: int | None = None
     prompt: str = ""
-    checkpoint: str = "tiny"
-    device: str = "auto"
+    weights: Weights = field(default_factory=Weights)
     original_size: bool = False
     lossless: bool = False
     overwrite: bool = False
@@ -57,11 +59,12 @@ def complete_to_folder(job: Job, priors: Callable[[int], TrivialPriors] | None =
     existing(job.source, "INPUT")
     if job.cameras is not None:
         existing(job.cameras, "--cameras")
+    if job.overlap is not None and job.window is None:
+        raise UserError("--overlap: expected it together with --window, got it alone; it is what windows share")
     check_scene_output(job.out, job.overwrite)
     began = time.perf_counter()
-    pipe = load_pipeline(job.checkpoint, job.device)
-    most = int(pipe.transformer.config.num_frames)
-    clip = read_clip(job.source, job.cameras, job.observe, min(job.frames or most, most))
+    pipe = load_pipeline(job.weights)
+    clip = read_short_clip(job, pipe) if job.window is None else read_long_clip(job, pipe, job.window)
     seconds = {"load": time.perf_counter() - began}
     print(opening(job, pipe, clip), flush=True)
     result = run_pipeline(pipe, job, clip)
@@ -83,9 +86,34 @@ def complete_to_folder(job: Job, priors: Callable[[int], TrivialPriors] | None =
     print(closing(result, job, clip, seconds, evaluation))
 
 
+def read_short_clip(job: Job, pipe: Pipeline) -> Clip:
+    """The input's frames, sampled down to what the checkpoint takes at once."""
+    most = int(pipe.transformer.config.num_frames)
+    return read_clip(job.source, job.cameras, job.observe, min(job.frames or most, most))
+
+
+def read_long_clip(job: Job, pipe: Pipeline, window: int) -> Clip:
+    """All of the input's frames, or --frames of them; at the model's size where nothing larger is asked for."""
+    from u4d.sample.window_plan import check_window
+
+    config = pipe.transformer.config
+    check_window(window, job.overlap, config.num_frames)
+    size = None if job.original_size else (config.image_size[0], config.image_size[1])
+    clip = read_clip(job.source, job.cameras, job.observe, job.frames, size)
+    if job.frames is not None and job.frames > clip.scene.num_frames:
+        raise UserError(
+            f"--frames: expected at most the input's {clip.scene.num_frames} with --window, got {job.frames}; "
+            "frames are added only without --window"
+        )
+    return clip
+
+
 def run_pipeline(pipe: Pipeline, job: Job, clip: Clip) -> Scene:
     """The completion itself, under a progress bar."""
     steps, guidance = pipe.recommended(clip.observation)
+    length: dict[str, Any] = (
+        {"frames": job.frames} if job.window is None else {"window": job.window, "overlap": job.overlap}
+    )
     with Bars("step") as bars:
         return pipe.complete(
             clip.scene,
@@ -95,9 +123,9 @@ def run_pipeline(pipe: Pipeline, job: Job, clip: Clip) -> Scene:
             candidates=job.candidates,
             seed=job.seed,
             prompt=job.prompt,
-            frames=job.frames,
             original_size=job.original_size,
             progress=bars,
+            **length,
         )
 
 
@@ -132,12 +160,18 @@ def opening(job: Job, pipe: Pipeline, clip: Clip) -> str:
     """One line on what is about to happen."""
     kept, total = len(clip.source["kept"]), clip.source["frames"]
     frames = f"{total} frame{'s' if total != 1 else ''}" + (f", of which {kept} are taken" if kept < total else "")
-    return f"{job.source}: {frames}; observed {clip.source['observe']}; checkpoint {job.checkpoint} on {pipe.device}"
+    if job.window is not None and kept > job.window:
+        frames += f", {job.window} at a time"
+    weights = job.weights.checkpoint + ("" if job.weights.lora is None else f" with {job.weights.lora}")
+    where = f"checkpoint {weights} on {pipe.work_device}"
+    return f"{job.source}: {frames}; observed {clip.source['observe']}; {where}"
 
 
 def closing(result: Scene, job: Job, clip: Clip, seconds: dict[str, float], evaluation: EvaluationReport | None) -> str:
     """The table at the end, the candidates, the errors where truth is known, and the notes."""
     parts = [format_facts(result_facts(result, job, seconds))]
+    if "windows" in result.report:
+        parts.append(format_windows(result))
     if len(result.report["errors"]) > 1:
         parts.append(format_candidates(result))
     if evaluation is not None:
@@ -180,6 +214,30 @@ def format_candidates(result: Scene) -> str:
         overlap = f"{report['overlap'][k]:.0%}" if report["overlap"] else "-"
         table.append([str(k), f"{error:.4f}", overlap, "kept" if k == report["best"] else ""])
     return format_table(table)
+
+
+def format_windows(result: Scene) -> str:
+    """Each window's frames, kept candidate, agreement with itself and offset that was taken out; a few where many."""
+    windows = list(enumerate(result.report["windows"]))
+    left_out = len(windows) - MOST_WINDOWS
+    shown = windows if left_out <= 0 else windows[: MOST_WINDOWS // 2] + windows[-MOST_WINDOWS // 2 :]
+    table = [["window", "frames", "candidate", "reprojection error", "overlap", "scale off", "turned by", "seconds"]]
+    for k, window in shown:
+        agreement, off = window["consistency"], window["offset"]
+        table.append(
+            [
+                str(k),
+                "{} to {}".format(*window["frames"]),
+                f"{window['best']} of {len(window['errors'])}",
+                f"{agreement['reprojection_error']:.4f}",
+                f"{agreement['overlap']:.0%}",
+                "-" if off is None else f"{1 / off['scale'] - 1:+.1%}",
+                "-" if off is None else f"{off['rotation_deg']:.2f} deg",
+                f"{sum(window['timings_s'].values()):.1f}",
+            ]
+        )
+    told = "" if left_out <= 0 else f"\n{left_out} windows between these are in scene.json"
+    return format_table(table) + told
 
 
 def peak_memory_gib() -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from u4d.commands.arguments import add_checkpoint
+from u4d.commands.arguments import add_checkpoint, weights_of
 
 SUMMARY = "complete the shipped example clip, or your own, and show what comes out"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "room"
@@ -31,6 +31,6 @@ def run(args: argparse.Namespace) -> None:
     from u4d.commands.completion import Job, complete_to_folder
 
     source = EXAMPLE if args.clip is None else args.clip
-    job = Job(source=source, out=args.out, checkpoint=args.checkpoint, device=args.device, overwrite=True)
+    job = Job(source=source, out=args.out, weights=weights_of(args), overwrite=True)
     complete_to_folder(job, priors=training_averages if args.clip is None else None)
     print(f"\nLook at {args.out / 'summary.png'}. Next: u4d complete YOUR_VIDEO -o out/yours, or u4d complete --help")

@@ -15,6 +15,7 @@ from u4d.commands.arguments import (
     add_sampling,
     load_pipeline,
     observation_spec,
+    weights_of,
     whole_number,
 )
 from u4d.commands.console import Bars
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         if path is not None:
             check_file_output(path)
     observe = observation_spec(args, "rgb:all")
-    pipe = load_pipeline(args.checkpoint, args.device)
+    pipe = load_pipeline(weights_of(args))
     config = pipe.transformer.config
     scenes = ProceduralScenes(args.split, frames=config.num_frames, size=tuple(config.image_size))
     if args.clips > len(scenes):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from u4d.checkpoint import (
 )
 from u4d.checkpoint_files import DTYPES, TEXT_WEIGHTS, WEIGHTS, StoredTensor, read_json
 from u4d.convert.conversion import SHARD_BYTES, Conversion, Progress, folder_size, no_progress
-from u4d.convert.folders import check_place, copy_part, part_files, write_index
-from u4d.convert.shards import PlannedTensor, write_weights
+from u4d.convert.folders import check_place, copy_part, part_files, write_index, write_model
+from u4d.convert.shards import PlannedTensor
 from u4d.diffusion.flow import STREAMS
 from u4d.errors import UserError
 from u4d.model.transformer import Transformer
@@ -72,7 +72,8 @@ def extract_stream(
     num_bytes = sum(tensor.num_bytes for tensor in tensors.values()) + sum(file.stat().st_size for file in files)
     check_place(out, transformer if folder is None else folder, num_bytes)
     with new_checkpoint(out, overwrite) as fresh:
-        write_transformer(fresh / "transformer", config, tensors, shard_bytes, partial(progress, "transformer"))
+        make, told = partial(wan_model, config), partial(progress, "transformer")
+        write_model(fresh / "transformer", make, tensors, shard_bytes, told)
         for part, part_of in parts.items():
             copy_part(part_of, fresh / part, partial(progress, part))
         if folder is not None and parts:
@@ -129,20 +130,6 @@ def wan_model(config: TransformerConfig) -> Any:
 
     sizes = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "text_dim", "freq_dim")
     return WanTransformer3DModel(**{name: getattr(config, name) for name in sizes})
-
-
-def write_transformer(
-    folder: Path,
-    config: TransformerConfig,
-    tensors: dict[str, PlannedTensor],
-    shard_bytes: int,
-    progress: Callable[[int, int], None],
-) -> None:
-    """Configuration and weights, as diffusers writes them."""
-    folder.mkdir()
-    with torch.device("meta"):
-        wan_model(config).save_config(folder)
-    write_weights(folder, tensors, shard_bytes, progress)
 
 
 def parts_to_copy(folder: Path) -> tuple[dict[str, list[Path]], list[tuple[str, str]]]:

@@ -8,8 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from u4d.checkpoint import INDEX
 from u4d.checkpoint_files import weight_files
+from u4d.convert.shards import PlannedTensor, write_weights
 from u4d.errors import UserError
 
 SMALL_FILES = (".json", ".model", ".txt")  # configurations, tokenizers; the index of shards goes with the weights
@@ -56,6 +59,20 @@ def copy_part(files: list[Path], target: Path, progress: Callable[[int, int], No
             while chunk := read.read(CHUNK):
                 done += written.write(chunk)
                 progress(done, total)
+
+
+def write_model(
+    folder: Path,
+    make: Callable[[], Any],
+    tensors: Mapping[str, PlannedTensor],
+    shard_bytes: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write the configuration of the diffusers model that `make` builds, and its weights."""
+    folder.mkdir()
+    with torch.device("meta"):
+        make().save_config(folder)
+    write_weights(folder, tensors, shard_bytes, progress)
 
 
 def write_index(folder: Path, class_name: str, entries: Mapping[str, Any]) -> None:

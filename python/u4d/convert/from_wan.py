@@ -18,8 +18,8 @@ from u4d import presets
 from u4d.checkpoint import SETTINGS, check_new_checkpoint, new_checkpoint, new_scheduler
 from u4d.checkpoint_files import TEXT_WEIGHTS, WEIGHTS
 from u4d.convert.conversion import SHARD_BYTES, Conversion, Progress, folder_size, no_progress
-from u4d.convert.folders import check_place, copy_part, part_files, write_index
-from u4d.convert.shards import PlannedTensor, write_weights
+from u4d.convert.folders import check_place, copy_part, part_files, write_index, write_model
+from u4d.convert.shards import PlannedTensor
 from u4d.convert.source import TEXT_ENCODER, WanSource, open_source
 from u4d.convert.stacking import planned, stack_streams, unchanged
 from u4d.convert.starting_values import REFERENCE_FOV_RAD, latent_statistics
@@ -72,7 +72,8 @@ def init_from_wan(
     with new_checkpoint(out, overwrite) as fresh:
         if wan.text is not None:
             tensors["null_text"] = planned(null_text(wan.text, config.text_dim, dtype), dtype)
-        write_transformer(fresh / "transformer", config, tensors, shard_bytes, partial(progress, "transformer"))
+        make, told = partial(Transformer, config), partial(progress, "transformer")
+        write_model(fresh / "transformer", make, tensors, shard_bytes, told)
         if wan.vae is not None:
             if wan.vae.folder is None:
                 write_vae(fresh / "vae", wan.vae, shard_bytes, partial(progress, "vae"))
@@ -118,20 +119,6 @@ def result_config(
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
-def write_transformer(
-    folder: Path,
-    config: TransformerConfig,
-    tensors: dict[str, PlannedTensor],
-    shard_bytes: int,
-    progress: Callable[[int, int], None],
-) -> None:
-    """Configuration and weights."""
-    folder.mkdir()
-    with torch.device("meta"):
-        Transformer(config).save_config(folder)
-    write_weights(folder, tensors, shard_bytes, progress)
-
-
 def null_text(folder: Path, text_dim: int, dtype: torch.dtype) -> Tensor:
     """Embedding `[1,text_dim]` of the empty prompt: one token, its end.
 
@@ -169,12 +156,9 @@ def write_vae(folder: Path, vae: WanVae, shard_bytes: int, progress: Callable[[i
     """An original release's VAE in diffusers' layout, in its own dtypes."""
     from diffusers import AutoencoderKLWan
 
-    folder.mkdir()
-    with torch.device("meta"):
-        model = AutoencoderKLWan(**vae.config)
-    model.save_config(folder)
-    tensors = {name: unchanged(vae.tensors[name]) for name in model.state_dict()}
-    write_weights(folder, tensors, shard_bytes, progress)
+    # Exactly the tensors of diffusers' class: wan_vae.py has checked them.
+    tensors = {name: unchanged(tensor) for name, tensor in vae.tensors.items()}
+    write_model(folder, partial(AutoencoderKLWan, **vae.config), tensors, shard_bytes, progress)
 
 
 def pipeline_entries(wan: WanSource) -> dict[str, object]:

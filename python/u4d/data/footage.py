@@ -25,6 +25,7 @@ class Footage:
         stamps: for each of the N frames when it was taken; seconds since the first frame for a video, the number that
             is its file's name for images; None where neither is known.
         names: for each of the N frames its file's name without folder and suffix; None for a video.
+        stored_size: (H, W) of the pictures before they were resized on reading; None where they were not.
     """
 
     rgb: Tensor
@@ -33,6 +34,7 @@ class Footage:
     kept: tuple[int, ...]
     stamps: tuple[float, ...] | None = None
     names: tuple[str, ...] | None = None
+    stored_size: tuple[int, int] | None = None
 
 
 def even_indices(total: int, max_frames: int | None) -> list[int]:
@@ -55,8 +57,17 @@ def kept_fps(fps: float, total: int, kept: int) -> float:
     return fps * (kept - 1) / (total - 1) if kept > 1 and total > 1 else fps
 
 
+def fit_picture(picture: np.ndarray, image_size: tuple[int, int] | None) -> np.ndarray:
+    """A picture [H,W,3] uint8 as it is held: as it is, or resized in float32, the way `Scene.resized` does it."""
+    if image_size is None or picture.shape[:2] == image_size:
+        return picture
+    channels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float()
+    resized = torch.nn.functional.interpolate(channels, image_size, mode="bilinear", antialias=True).clamp(0, 255)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
 def stack_frames(frames: list[np.ndarray]) -> Tensor:
-    """[H,W,3] uint8 pictures of one size -> [N,3,H,W] float32 in [0,1]. Empties the list, to hold little twice."""
+    """[H,W,3] pictures of one size, 0 to 255 -> [N,3,H,W] float32 in [0,1]. Empties the list, to hold little twice."""
     height, width, _ = frames[0].shape
     rgb = torch.empty(len(frames), 3, height, width)
     for i in range(len(frames) - 1, -1, -1):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from u4d.data.footage import DEFAULT_FPS, Footage, even_indices, kept_fps, stack_frames
+from u4d.data.footage import DEFAULT_FPS, Footage, even_indices, fit_picture, kept_fps, stack_frames
 from u4d.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
@@ -48,27 +48,35 @@ def read_image(path: Path) -> np.ndarray:
         raise UserError(f"{path}: expected a whole image, got one that can't be read ({error})") from error
 
 
-def read_images(files: list[Path], max_frames: int | None = None, fps: float = DEFAULT_FPS) -> Footage:
+def read_images(
+    files: list[Path],
+    max_frames: int | None = None,
+    fps: float = DEFAULT_FPS,
+    image_size: tuple[int, int] | None = None,
+) -> Footage:
     """Read a clip from image files, in the order given.
 
     Args:
         files: at least one.
         max_frames: keep at most so many, evenly spaced, first and last among them; the others are not opened.
         fps: frame rate of the whole clip; images do not tell.
+        image_size: (H, W) to which every picture is resized as soon as it is read.
     Raises:
         UserError: an image that can't be read, or that has another size than the first.
     """
     kept = even_indices(len(files), max_frames)
     pictures: list[np.ndarray] = []
+    stored: tuple[int, ...] = ()
     for i in kept:
         picture = read_image(files[i])
-        if pictures and picture.shape != pictures[0].shape:
-            (h0, w0, _), (h, w, _) = pictures[0].shape, picture.shape
+        stored = stored or picture.shape
+        if picture.shape != stored:
+            (h0, w0, _), (h, w, _) = stored, picture.shape
             raise UserError(
                 f"{files[i]}: expected {w0}x{h0} (width x height) like {files[kept[0]].name}, got {w}x{h}; "
                 "all frames of a clip need one size"
             )
-        pictures.append(picture)
+        pictures.append(fit_picture(picture, image_size))
     names = tuple(files[i].stem for i in kept)
     return Footage(
         rgb=stack_frames(pictures),
@@ -77,6 +85,7 @@ def read_images(files: list[Path], max_frames: int | None = None, fps: float = D
         kept=tuple(kept),
         stamps=_stamps(names),
         names=names,
+        stored_size=None if image_size is None else (stored[0], stored[1]),
     )
 
 

@@ -41,12 +41,15 @@ def read_path(path: Path, image_size: tuple[int, int]) -> CameraPath:
     return _cameras(path, document, [e for e in entries if "transform_matrix" in e], image_size)
 
 
-def read_clip(path: Path, max_frames: int | None = None) -> tuple[Footage, CameraPath, list[str]]:
+def read_clip(
+    path: Path, max_frames: int | None = None, image_size: tuple[int, int] | None = None
+) -> tuple[Footage, CameraPath, list[str]]:
     """Images and cameras of a `transforms.json`, and notes on what was left out.
 
     Args:
         path: the json file.
         max_frames: keep at most so many of the frames that are there, evenly spaced.
+        image_size: (H, W) to which every picture is resized as soon as it is read; the cameras stay at the stored size.
     Raises:
         UserError: as `read_path`; or none of the images is there.
     """
@@ -63,8 +66,8 @@ def read_clip(path: Path, max_frames: int | None = None) -> tuple[Footage, Camer
         raise UserError(f"{path}: expected images beside it, got none of {len(posed)} with a pose{first}")
     if any(float(e.get(key, document.get(key, 0)) or 0) != 0 for e, _ in found for key in DISTORTION):
         notes.append(f"{path}: lens distortion (k1..p2) is not corrected; undistort the images for exact geometry")
-    footage = read_images([file for _, file in found], max_frames)
-    height, width = footage.rgb.shape[-2:]
+    footage = read_images([file for _, file in found], max_frames, image_size=image_size)
+    height, width = footage.stored_size or footage.rgb.shape[-2:]
     kept = [found[i][0] for i in footage.kept]
     return footage, _cameras(path, document, kept, (height, width)), notes
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from u4d.data.footage import DEFAULT_FPS, Footage, even_indices, kept_fps, stack_frames
+from u4d.data.footage import DEFAULT_FPS, Footage, even_indices, fit_picture, kept_fps, stack_frames
 from u4d.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,23 +23,24 @@ MIN_FPS, MAX_FPS = Fraction(1, 1000), Fraction(1000)  # what mp4 and its players
 EXACT_COLOURS = 0x2 | 0x2000 | 0x4000 | 0x40000
 
 
-def read_video(path: Path, max_frames: int | None = None) -> Footage:
+def read_video(path: Path, max_frames: int | None = None, image_size: tuple[int, int] | None = None) -> Footage:
     """Decode a video file; rotation metadata is applied.
 
     Args:
         path: any container and codec that FFmpeg reads.
         max_frames: keep at most so many frames, evenly spaced, first and last among them; only these are held.
+        image_size: (H, W) to which every picture is resized as soon as it is decoded.
     Raises:
         UserError: not a video, damaged or cut off (the number of frames that could be decoded is told), or a frame
             size that changes.
     """
     expected = None if max_frames is None else _count_packets(path)
     wanted = None if expected is None else even_indices(expected, max_frames)
-    reader = _Reader(path, wanted)
+    reader = _Reader(path, wanted, image_size)
     if wanted is not None and reader.seen != expected:
         # Some codecs have packets without a picture (VP8's hidden frames): now the true count is known.
         wanted = even_indices(reader.seen, max_frames)
-        reader = _Reader(path, wanted)
+        reader = _Reader(path, wanted, image_size)
     kept = tuple(range(reader.seen)) if wanted is None else tuple(wanted)
     return Footage(
         rgb=stack_frames(reader.pictures),
@@ -47,18 +48,21 @@ def read_video(path: Path, max_frames: int | None = None) -> Footage:
         total=reader.seen,
         kept=kept,
         stamps=None if None in reader.times else tuple(t - reader.times[0] for t in reader.times),
+        stored_size=None if image_size is None else (reader.stored[0], reader.stored[1]),
     )
 
 
 class _Reader:
     """One pass over a video: the wanted pictures, the number of frames, and every sign of damage."""
 
-    def __init__(self, path: Path, wanted: list[int] | None) -> None:
+    def __init__(self, path: Path, wanted: list[int] | None, image_size: tuple[int, int] | None) -> None:
         from av.error import FFmpegError
 
         self.path = path
         self.wanted = None if wanted is None else set(wanted)
+        self.image_size = image_size
         self.pictures: list[np.ndarray] = []
+        self.stored: tuple[int, ...] = ()  # shape of the pictures before they were resized
         self.times: list[Any] = []
         self.seen = 0
         packets = 0
@@ -88,12 +92,13 @@ class _Reader:
             # FFmpeg tells the anticlockwise turn that shows the picture upright.
             stored = frame.to_ndarray(format="rgb24", interpolation=EXACT_COLOURS)
             picture = np.rot90(stored, k=round(frame.rotation / 90) % 4)
-            if self.pictures and picture.shape != self.pictures[0].shape:
-                (h0, w0, _), (h, w, _) = self.pictures[0].shape, picture.shape
+            self.stored = self.stored or picture.shape
+            if picture.shape != self.stored:
+                (h0, w0, _), (h, w, _) = self.stored, picture.shape
                 raise UserError(
                     f"{self.path}: expected frames of one size, got {w}x{h} in frame {self.seen} after {w0}x{h0}"
                 )
-            self.pictures.append(picture)
+            self.pictures.append(fit_picture(picture, self.image_size))
             self.times.append(frame.time)
         self.seen += 1
 

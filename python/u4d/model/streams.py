@@ -50,10 +50,17 @@ def to_streams(clips: Clips, scale: Tensor, image_size: tuple[int, int]) -> Stre
     )
 
 
-def to_clips(streams: Streams, num_frames: int, scale: Tensor, shared_intrinsics: bool = True) -> tuple[Clips, Tensor]:
+def to_clips(
+    streams: Streams,
+    num_frames: int,
+    scale: Tensor,
+    shared_intrinsics: bool = True,
+    known_intrinsics: Tensor | None = None,
+) -> tuple[Clips, Tensor]:
     """Complete streams -> clips, and the residual `[B,N]` of each frame's camera fit (radians; inf: no camera found).
 
     The pinhole camera of a frame need not be the model's exact ray map; the residual tells how far off it is.
+    `known_intrinsics`, `[3,3]` or anything that expands to `[B,N,3,3]`, are taken as they are instead of fitted.
 
     Raises:
         ValueError: a stream is missing.
@@ -61,10 +68,11 @@ def to_clips(streams: Streams, num_frames: int, scale: Tensor, shared_intrinsics
     if streams.rgb is None or streams.depth is None or streams.ray_dir is None or streams.ray_moment is None:
         missing = [name for name, stream in vars(streams).items() if stream is None]
         raise ValueError(f"streams: expected all four, got no {', '.join(missing)}")
+    known = None if known_intrinsics is None else known_intrinsics.expand(*streams.rgb.shape[:2], 3, 3)
     directions, moments = u4d_fast.unpack_rays(streams.ray_dir, streams.ray_moment, num_frames, scale)
     image_size = (streams.rgb.shape[-2], streams.rgb.shape[-1])
     intrinsics, cam_to_world, residual = u4d_fast.rays_to_cameras(
-        directions, moments, image_size, shared_intrinsics=shared_intrinsics
+        directions, moments, image_size, intrinsics=known, shared_intrinsics=shared_intrinsics
     )
     clips = Clips(
         rgb=((streams.rgb + 1) / 2).clamp(0, 1),

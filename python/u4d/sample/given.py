@@ -89,6 +89,14 @@ def anchor_of(clip: Clips, observation: Observation) -> Tensor | None:
     return clip.cam_to_world[0, int(observation.camera.nonzero()[0])]
 
 
+def lens_of(clip: Clips, observation: Observation) -> Tensor | None:
+    """`[3,3]` of the observed cameras where they all have the same lens; None where they differ, or there are none."""
+    if clip.intrinsics is None:
+        return None
+    seen = clip.intrinsics[0, observation.camera.to(clip.device)]
+    return seen[0] if bool((seen == seen[0]).all()) else None
+
+
 def scale_of(clip: Clips, observation: Observation) -> tuple[float, bool]:
     """The clip's scale from what is observed (spec.md section 1), and whether that makes lengths metric."""
     cameras = None if clip.cam_to_world is None else clip.cam_to_world[0, observation.camera.to(clip.device)]
