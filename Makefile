@@ -18,6 +18,7 @@ export U4D_REQUIRE_KERNELS ?= 1
 
 KERNEL_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
+OP_BENCHMARKS := $(filter-out benchmarks/bench_training.py,$(BENCHMARKS))# that need nothing but torch
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
 .PHONY: help demo test test-fast lint bench clean gpu-check gpu-sanitize setup setup-dev
@@ -95,7 +96,7 @@ gpu-check:
 	$(GPU_PYTHON) -c 'import torch; assert torch.cuda.is_available(), "u4d: torch sees no CUDA device"; print(torch.cuda.get_device_name())'
 	U4D_CUDA=1 $(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e .
 	$(GPU_PYTHON) -m pytest -q -m gpu tests/kernels
-	for benchmark in $(BENCHMARKS); do $(GPU_PYTHON) $$benchmark --device cuda --save; done
+	for benchmark in $(OP_BENCHMARKS); do $(GPU_PYTHON) $$benchmark --device cuda --save; done
 	$(GPU_PYTHON) benchmarks/report.py
 
 gpu-sanitize:

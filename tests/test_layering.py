@@ -15,7 +15,7 @@ U4D_FAST = ROOT / "u4d_fast"
 KERNELS = ROOT / "csrc" / "kernels"
 
 STANDARD = sys.stdlib_module_names
-HEAVY = {"diffusers", "matplotlib", "av", "PIL", "transformers", "scipy", "skimage", "evo", "pandas"}
+HEAVY = {"diffusers", "matplotlib", "av", "PIL", "transformers", "scipy", "skimage", "evo", "pandas", "tensorboard"}
 
 # What the folders of u4d may import from each other. Files of the package's root are open to all floors from the model
 # upwards; the lowest floors may know errors only. The observation spec is the language in which every task is asked
@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "data": {"geometry"},
     "view": {"geometry", "data"},
     "sample": {"geometry", "diffusion", "model"},
-    "train": {"geometry", "diffusion", "model", "data"},
+    "train": {"geometry", "diffusion", "model", "data", "view"},
     "evaluate": {"geometry", "diffusion", "model", "data"},
     "export": {"geometry", "diffusion", "model"},
     "convert": {"geometry", "diffusion", "model"},

@@ -34,7 +34,6 @@ from u4d.errors import UserError
 if TYPE_CHECKING:
     from diffusers import ModelMixin, UniPCMultistepScheduler
 
-    from u4d.model.codec import TinyCodec
     from u4d.model.transformer import Transformer
 
 Loaded = TypeVar("Loaded")
@@ -95,8 +94,9 @@ def download_checkpoint(hub_id: str, cached_only: bool = False) -> Path:
         raise UserError(message) from error
 
 
-def save_checkpoint(folder: Path, transformer: Transformer, codec: TinyCodec, dtype: torch.dtype) -> None:
-    """Write a pipeline's folder in `dtype`, replacing an older checkpoint only when the new one is complete."""
+def save_checkpoint(folder: Path, transformer: Transformer, codec: ModelMixin, dtype: torch.dtype) -> None:
+    """Write a pipeline's folder in `dtype` (Wan's VAE as it is); an older one is replaced when the new is complete."""
+    from u4d.model.codec import TinyCodec
     from u4d.model.lora import lora_layers
     from u4d.pipeline import Pipeline
 
@@ -109,7 +109,8 @@ def save_checkpoint(folder: Path, transformer: Transformer, codec: TinyCodec, dt
         shutil.rmtree(leftover, ignore_errors=True)
     # The plain cast: diffusers' own warns about modules that it keeps in float32 when it loads them.
     cast = torch.nn.Module.to
-    pipe = Pipeline(cast(deepcopy(transformer), dtype), cast(deepcopy(codec), dtype), new_scheduler())
+    vae = cast(deepcopy(codec), dtype) if isinstance(codec, TinyCodec) else codec
+    pipe = Pipeline(cast(deepcopy(transformer), dtype), vae, new_scheduler())
     pipe.save_pretrained(fresh)
     if folder.exists():
         os.replace(folder, old)

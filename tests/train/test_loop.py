@@ -17,7 +17,7 @@ from train.runs import losses, same_bits, saved, train, train_until
 from u4d.errors import UserError
 from u4d.model.transformer import Transformer
 from u4d.train.loop import make_optimizer
-from u4d.train.recipe import Data, Phase, Recipe, Watching, debug_run
+from u4d.train.recipe import Compute, Data, Phase, Recipe, Watching, debug_run
 from u4d.train.samples import Samples
 from u4d.train.world import World
 
@@ -63,8 +63,31 @@ def test_a_finished_run_only_writes_its_result_again(finished: Path, tmp_path: P
 
 
 def test_a_folder_of_another_recipe_is_refused(finished: Path) -> None:
-    with pytest.raises(UserError, match="another recipe"):
-        train(replace(debug_run(), seed=1), finished)
+    before = (finished / "recipe.json").read_text()
+    for other in (replace(debug_run(), seed=1), replace(debug_run(), batch=4)):
+        with pytest.raises(UserError, match="another recipe"):
+            train(other, finished)
+    assert (finished / "recipe.json").read_text() == before
+
+
+def test_a_run_may_go_on_with_other_settings_of_the_machine(finished: Path, tmp_path: Path) -> None:
+    """How a step is computed, and how often it is saved; the losses are the same but for rounding."""
+    run = tmp_path / "run"
+    shutil.copytree(finished.with_name("halfway"), run)
+    compute = Compute(micro_batch=1, activations="none")
+    train(replace(debug_run(), compute=compute, watch=Watching(save_every=1, keep=3)), run)
+    assert torch.allclose(losses(run), losses(finished), rtol=1e-2, atol=1e-2)
+    assert len(list((run / "state").iterdir())) == 3
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_it_too(tmp_path: Path) -> None:
+    """Noise is drawn on the GPU, and samples one step ahead."""
+    runs = [tmp_path / "one", tmp_path / "again"]
+    for run in runs:
+        loop.train(debug_run(), run, workers=0, device="cuda", progress=False)
+    assert bool(torch.isfinite(losses(runs[0])).all())
+    assert torch.allclose(losses(runs[0]), losses(runs[1]), rtol=1e-2, atol=1e-2)
 
 
 def test_training_reduces_the_loss(tmp_path: Path) -> None:

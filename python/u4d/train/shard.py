@@ -36,7 +36,7 @@ def shard(model: Transformer, world: World) -> None:
             fully_shard(part, mesh=mesh, shard_placement_fn=placement)
             assert isinstance(part, FSDPModule)
             part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(world.device.type == "cpu")  # gloo knows sums only
+            part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     model.to(world.device)
 
 

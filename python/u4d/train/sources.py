@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from u4d.clips import Clips, join
+from u4d.data import nerfstudio
 from u4d.data.images import image_files
 from u4d.data.open_scene import NO_CLIP_SUFFIXES
 from u4d.data.procedural import render_clips
@@ -95,7 +96,7 @@ def list_clips(path: str) -> tuple[Path, ...]:
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"data.sources: path: expected a folder of scenes, videos and folders of images, got {path!r}")
-    if (folder / MARKER).is_file() or image_files(folder):
+    if (folder / MARKER).is_file() or (folder / nerfstudio.FILE_NAME).is_file() or image_files(folder):
         return (folder,)
     entries = tuple(part for part in sorted(folder.iterdir()) if may_be_clip(part))
     if not entries:
@@ -110,7 +111,7 @@ def may_be_clip(path: Path) -> bool:
     )
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)
 def random_order(seed: int, source: int, round_: int, count: int) -> list[int]:
     """The order in which a round passes over a source's entries."""
     order: list[int] = torch.randperm(count, generator=generator("order", seed, source, round_)).tolist()

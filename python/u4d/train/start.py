@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,13 +24,14 @@ from u4d.pipeline import Pipeline
 from u4d.presets import CodecConfig, TransformerConfig, read_config
 from u4d.train.codec import fit_grey_decoders, measure_statistics, train_codec
 from u4d.train.recipe import Recipe
-from u4d.train.settings import to_json
-from u4d.train.shard import from_main, start_alike
+from u4d.train.settings import from_json, to_json
+from u4d.train.shard import start_alike
 from u4d.train.world import World
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
 
+STATISTICS = "statistics.json"
 CHECKPOINTS_OWN = ("latents_mean", "latents_std", "reference_fov_rad", "text_length", "origin")  # no sizes
 
 
@@ -74,26 +77,53 @@ def begin_run(recipe: Recipe, out: Path, world: World, progress: bool) -> Start:
 
 def claim(out: Path, recipe: Recipe, world: World) -> None:
     """Write the recipe into a new run folder, or check that an old one is the same recipe's."""
-    text, path = to_json(recipe), out / "recipe.json"
-    if path.exists() and path.read_text() != text:
+    path = out / "recipe.json"
+    if path.exists() and not same_run(path.read_text(), recipe):
         raise UserError(f"{path}: this folder holds a run of another recipe; choose a new folder or delete it")
     world.wait()  # all have looked
     if world.main:
         out.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(to_json(recipe))
     world.wait()
 
 
+def same_run(text: str, recipe: Recipe) -> bool:
+    """Whether that is the recipe. How steps are computed and watched may change while a run goes on."""
+    try:
+        old = from_json(text)
+    except UserError:  # another version's, or no recipe at all
+        return False
+    return replace(old, compute=recipe.compute, watch=recipe.watch) == recipe
+
+
 def fresh_start(recipe: Recipe, out: Path, world: World, progress: bool) -> Start:
-    """Codec (trained by the main process and kept in `out/codec`), statistics and a model with random weights."""
+    """Codec and latent statistics (made by the main process, kept in `out`) and a model with random weights."""
     if world.main:
         prepare_codec(recipe, out, progress)
     world.wait()
     codec = prepare_codec(recipe, out, progress)
-    own, streams = measure_statistics(codec, recipe)
-    fov_rad = float(from_main(torch.tensor(own.reference_fov_rad), world))
-    statistics = Statistics(from_main(own.mean, world), from_main(own.std, world), fov_rad)
+    measured, streams = measure_statistics(codec, recipe)
+    if world.main:
+        keep_statistics(measured, out)
+    world.wait()
+    statistics = kept_statistics(out)
     return Start(build(recipe, codec, statistics, streams), codec, statistics)
+
+
+def keep_statistics(measured: Statistics, out: Path) -> None:
+    """Write statistics into a run's folder, once: measured with another number of threads they differ in last bits."""
+    path = out / STATISTICS
+    if not path.exists():
+        fields = {"mean": measured.mean.tolist(), "std": measured.std.tolist()}
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({**fields, "reference_fov_rad": measured.reference_fov_rad}))
+        os.replace(partial, path)
+
+
+def kept_statistics(out: Path) -> Statistics:
+    """The statistics that a run began with."""
+    fields = json.loads((out / STATISTICS).read_text())
+    return Statistics(torch.tensor(fields["mean"]), torch.tensor(fields["std"]), fields["reference_fov_rad"])
 
 
 def start_from_checkpoint(recipe: Recipe) -> Start:

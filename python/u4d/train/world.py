@@ -1,4 +1,4 @@
-"""The processes of a run: one, or as many as `torchrun` starts. Every process calls the same functions in the same order."""
+"""The processes of a run: one, or as many as torchrun starts. All call the same functions in the same order."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+PATIENCE = timedelta(hours=2)  # of processes that wait while the main one trains a codec or writes a checkpoint
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def start_world(device: str | torch.device) -> Iterator[World]:
     place = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield World(place, dist.get_rank(), dist.get_world_size())
     finally:
