@@ -94,10 +94,17 @@ def same_bits(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
     )
 
 
-def largest_difference(mine: dict[str, Any], theirs: dict[str, Any]) -> float:
-    """Between model and average of two states."""
-    return max(
-        float((tensor - theirs[part][name]).abs().max())
+def weight_difference(mine: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """Root mean square over all weights of model and average of two states."""
+    squares = [
+        (tensor - theirs[part][name]).double().square().flatten()
         for part in ("model", "average")
         for name, tensor in mine[part].items()
-    )
+    ]
+    return float(torch.cat(squares).mean().sqrt())
+
+
+def gradient_norms(run: Path) -> torch.Tensor:
+    """Of every step that a run has logged."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return torch.tensor([line["grad_norm"] for line in lines if "grad_norm" in line])
