@@ -160,7 +160,7 @@ def draw_metric(axes: Axes, log: Log, name: str) -> None:
     steps, found = validations(log)
     axes.plot(steps, [value(result["metrics"].get(name)) for result in found], ".-", color=INK, label="model")
     trivial = [value(result["trivial"].get(name)) for result in found]
-    axes.plot(steps, trivial, "--", color=FAINT, label="trivial")
+    axes.plot(steps, trivial, "_--", color=FAINT, label="trivial")
     axes.legend()
 
 
