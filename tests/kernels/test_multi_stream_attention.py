@@ -1,87 +1,33 @@
-"""Attention over groups against a loop in float64: values, gradients, what it costs, what it refuses."""
+"""Attention over groups against a loop in float64: values, gradients, tracing, what it refuses."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from group_masks import (
+    BATCH,
+    GROUPS,
+    HEADS,
+    MASKS,
+    SIZE,
+    as_pairs,
+    attention_by_loop,
+    existing,
+    random_mask,
+    random_qkv,
+)
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import u4d_fast
 from u4d_fast import multi_stream_attention
 from u4d_fast.reference.multi_stream_attention import neighbours, parts
 
-BATCH, GROUPS, SIZE, HEADS, DIM = 2, 5, 4, 3, 6
 REGISTERED = torch.ops.u4d_fast.multi_stream_attention.default
 REGISTERED_GRAD = torch.ops.u4d_fast.multi_stream_attention_grad.default
-
-
-def random_qkv(
-    seed: int = 0, dtype: torch.dtype = torch.float64, shape: tuple[int, ...] = (BATCH, GROUPS * SIZE, HEADS, DIM)
-) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(3)]
-
-
-def attention_by_loop(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """One query at a time, over the keys that it may see; mask `[B,G,G]`."""
-    size = q.shape[1] // mask.shape[-1]
-    out = torch.zeros_like(q)
-    for clip in range(q.shape[0]):
-        for query in range(q.shape[1]):
-            visible = mask[clip, query // size].repeat_interleave(size)
-            if visible.any():
-                scores = torch.einsum("lhd,hd->lh", k[clip, visible], q[clip, query]) / math.sqrt(q.shape[-1])
-                out[clip, query] = torch.einsum("lh,lhd->hd", torch.softmax(scores, 0), v[clip, visible])
-    return out
-
-
-def random_mask(seed: int) -> Tensor:
-    """About half of the pairs, with rows and columns that are empty; another one for each clip."""
-    mask = torch.rand(BATCH, GROUPS, GROUPS, generator=torch.Generator().manual_seed(seed)) < 0.5
-    mask[0, 1], mask[1, :, 2] = False, False
-    return mask
-
-
-def existing(seed: int) -> Tensor:
-    """Which groups exist as keys, `[B,G]`; the clips differ."""
-    mask = torch.rand(BATCH, GROUPS, generator=torch.Generator().manual_seed(seed)) < 0.5
-    mask[:, 0], mask[:, 1], mask[0, 4], mask[1, 4] = True, False, True, False
-    return mask
-
-
-def own_stream(streams: int, frames: int, batch: int = 1) -> Tensor:
-    """Each stream sees itself alone: `[B,4F,4F]`."""
-    return torch.block_diag(*[torch.ones(frames, frames)] * streams).bool().expand(batch, -1, -1)
-
-
-MASKS: dict[str, Callable[[], Tensor | None]] = {
-    "none": lambda: None,
-    "existing": lambda: existing(1),
-    "existing, equal": lambda: existing(2)[:1].expand(BATCH, -1),
-    "nothing exists in one clip": lambda: torch.tensor([[True, False, True, True, False], [False] * GROUPS]),
-    "nothing exists": lambda: torch.zeros(BATCH, GROUPS, dtype=torch.bool),
-    "everything exists": lambda: torch.ones(BATCH, GROUPS, dtype=torch.bool),
-    "pairs 0": lambda: random_mask(0),
-    "pairs 1": lambda: random_mask(1),
-    "pairs, equal": lambda: random_mask(2)[:1].expand(BATCH, -1, -1),
-    "causal": lambda: torch.ones(BATCH, GROUPS, GROUPS, dtype=torch.bool).tril(),
-    "strided": lambda: random_mask(3).mT,
-}
-
-
-def as_pairs(mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return torch.ones(BATCH, GROUPS, GROUPS, dtype=torch.bool)
-    return mask if mask.ndim == 3 else mask[:, None].expand(-1, mask.shape[1], -1)
 
 
 # Values.
@@ -257,93 +203,7 @@ def test_exported_with_a_mask_is_the_op_and_takes_any_mask() -> None:
         assert torch.equal(program.module()(*given, mask), multi_stream_attention(*given, SIZE, mask))
 
 
-# What it costs.
-
-
-class Calls(TorchDispatchMode):
-    """Counts the operators below autograd, and keeps the number of elements of the largest result."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.count[str(func).split(".")[1]] += 1
-        for result in out if isinstance(out, tuple | list) else [out]:
-            self.largest = max(self.largest, result.numel() if isinstance(result, Tensor) else 0)
-        return out
-
-    @property
-    def attentions(self) -> int:
-        return self.count["_scaled_dot_product_flash_attention_for_cpu"]
-
-
-@pytest.mark.parametrize(
-    ("mask", "attentions", "copies"),
-    [
-        (None, 1, 0),
-        (torch.tensor([[True, True, True, False]] * 3), 1, 0),  # the last stream is missing: a slice
-        (torch.tensor([[True, False, True, True]] * 3), 1, 2),  # one in the middle: k and v are put together
-        (torch.tensor([[True, False, True, False], [True, True, True, True], [True, False, True, False]]), 2, 6),
-        (own_stream(4, 1, batch=3), 4, 1),  # slices, and the results are put together
-        (torch.ones(3, 4, 4, dtype=torch.bool).tril(), 4, 1),
-        (torch.zeros(3, 4, dtype=torch.bool), 0, 0),
-    ],
-    ids=["none", "last missing", "second missing", "two kinds of clips", "own stream", "causal", "nothing"],
-)
-def test_equal_clips_and_equal_rows_go_together(mask: Tensor | None, attentions: int, copies: int) -> None:
-    given = random_qkv(15, torch.float32, (3, 8, 2, 4))
-    with Calls() as calls:
-        multi_stream_attention(*given, 2, mask)
-    assert calls.attentions == attentions
-    assert calls.count["cat"] == copies
-
-
-@pytest.mark.parametrize("mask", [None, torch.tensor([[True, False, True, True]]), own_stream(4, 1)])
-def test_nothing_of_the_size_of_a_token_mask_is_ever_stored(mask: Tensor | None) -> None:
-    tokens = 256
-    q, k, v = random_qkv(16, torch.float32, (1, tokens, 1, 4))
-    v = torch.stack((v, v), -1).flatten(-2)[..., ::2]
-    given = [x.requires_grad_() for x in (q, k, v)]
-    with Calls() as calls:
-        torch.autograd.grad(multi_stream_attention(*given, tokens // 4, mask).sum(), given)
-    assert calls.attentions >= 1
-    assert calls.largest <= q.numel() < tokens**2 // 16
-
-
-def test_what_is_not_seen_costs_no_multiplication() -> None:
-    streams, frames, size = 4, 2, 4
-    given = random_qkv(17, torch.float32, (1, streams * frames * size, 2, 8))
-
-    def cost(mask: Tensor | None) -> int:
-        # Of torch's attentions on a CPU only this one is counted.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            multi_stream_attention(*given, size, mask)
-        return counter.get_total_flops()
-
-    full = cost(None)
-    assert full == 2 * 2 * given[0].numel() * streams * frames * size
-    assert cost(own_stream(streams, frames)) == full / 4
-    no_depth = torch.tensor([[True] * 2 + [False] * 2 + [True] * 4])
-    assert cost(no_depth) == full * 3 / 4
-    assert cost(torch.zeros_like(no_depth)) == 0
-
-
-@pytest.mark.parametrize("mask", [None, own_stream(4, 14)])
-@pytest.mark.parametrize("on_meta", [False, True])
-def test_on_the_meta_device_only_the_result_is_made(mask: Tensor | None, on_meta: bool) -> None:
-    shape = (1, 16_800, 12, 128)
-    given = [torch.empty(shape, device="meta", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-    if on_meta and mask is not None:
-        mask = mask.to("meta")
-    with Calls() as calls:
-        out = multi_stream_attention(*given, 300, mask)
-        grads = torch.autograd.grad(out.sum(), given)
-    for result in (out, *grads):
-        assert result.device.type == "meta" and result.shape == shape and result.dtype == torch.bfloat16
-    assert calls.largest == out.numel()
+# The plan, and what is refused.
 
 
 def test_the_plan_is_runs_of_neighbours() -> None:

@@ -6,9 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ from torch import Tensor
 import u4d
 from convert.wan_folders import write_wan_folder
 from u4d import presets
-from u4d.checkpoint import check_folder, check_weights, download_checkpoint, find_checkpoint, save_checkpoint
+from u4d.checkpoint import check_folder, check_weights, find_checkpoint, save_checkpoint
 from u4d.checkpoint_files import WEIGHTS
 from u4d.errors import UserError
 from u4d.model.codec import TinyCodec
@@ -343,66 +341,6 @@ def test_a_file_is_no_checkpoint(saved: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="expected a shipped preset"):
         find_checkpoint("weights/model.safetensors")
-
-
-def give_snapshot(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Let the hub's client return a folder; what it is asked for is kept."""
-    asked: list[tuple[str, dict[str, Any]]] = []
-
-    def snapshot(repo: str, **options: Any) -> str:
-        asked.append((repo, options))
-        return str(folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    return asked
-
-
-@pytest.mark.parametrize("name", ("owner/name", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "some_one/u4d-tiny"))
-def test_hub_ids_become_folders(saved: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = give_snapshot(monkeypatch, saved)
-    assert find_checkpoint(name) == saved
-    ((repo, options),) = asked
-    assert repo == name and not options["local_files_only"]
-    patterns = options["allow_patterns"]
-    assert any(fnmatch("transformer/diffusion_pytorch_model-00001-of-00002.safetensors", one) for one in patterns)
-    assert any(fnmatch("tokenizer/spiece.model", one) for one in patterns)
-    for unwanted in ("Wan2.1_VAE.pth", "transformer/diffusion_pytorch_model.bin", "modeling.py", "assets/demo.mp4"):
-        assert not any(fnmatch(unwanted, one) for one in patterns), unwanted
-
-
-def test_what_comes_from_the_hub_is_checked_as_a_folder_is(
-    saved: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    give_snapshot(monkeypatch, saved)
-    loaded = u4d.Pipeline.from_pretrained("owner/name")
-    assert torch.equal(loaded.transformer.proj_out.weight, random_parts()[0].proj_out.weight)
-    give_snapshot(monkeypatch, copied)
-    edit_tensors(TRANSFORMER, lambda tensors: tensors.pop(QUERY))(copied)
-    with pytest.raises(UserError, match=rf"{TRANSFORMER}: tensor '{QUERY}' is missing"):
-        u4d.Pipeline.from_pretrained("owner/name")
-    (copied / "model_index.json").unlink()
-    with pytest.raises(UserError, match=r"expected a diffusers folder with model_index.json"):
-        u4d.Pipeline.from_pretrained("owner/name")
-
-
-def test_a_hub_id_that_can_not_be_had_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*arguments: object, **options: object) -> None:
-        raise OSError("We couldn't connect to the hub.\nCheck your connection.")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(
-        UserError, match=r"owner/name: no such folder here, nor loaded from the hub: We couldn't"
-    ) as caught:
-        find_checkpoint("owner/name")
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"owner/name: no such folder here, nor downloaded before"):
-        download_checkpoint("owner/name", cached_only=True)
-
-
-def test_a_folder_may_be_named_like_a_hub_id(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(saved.parent.parent)
-    assert find_checkpoint(f"{saved.parent.name}/checkpoint") == Path(saved.parent.name) / "checkpoint"
-    assert u4d.Pipeline.from_pretrained(f"{saved.parent.name}/checkpoint").transformer is not None
 
 
 def test_untrained_weights_say_so(tmp_path: Path) -> None:

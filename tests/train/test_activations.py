@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ class Counted(TorchDispatchMode):
         super().__init__()
         self.attentions = self.products = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.attentions += func in attention_ops()
         self.products += func in (torch.ops.aten.baddbmm.default, torch.ops.aten.bmm.default)
         return func(*args, **(kwargs or {}))

@@ -7,101 +7,24 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from state_samples import IDENTITY, NEVER_TRAINED, assert_equal, change, everything, make_parts, names, open_states
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import u4d.train.state as state_module
-from u4d import presets
 from u4d.errors import UserError
-from u4d.model.lora import LoRAConfig, add_lora
-from u4d.model.transformer import Transformer
-from u4d.train.state import Parts, States
-from u4d.train.state_folder import MANIFEST, read_manifest
-from u4d.train.world import World, start_world
-
-IDENTITY = {"recipe": "a digest", "base": ""}
-NEVER_TRAINED = "link."  # parameters of the test's model that no gradient reaches
-
-
-def make_parts(seed: int, *, lora: bool = False, sharded: bool = False, device: str = "cpu") -> Parts:
-    """A small model of random weights, an average of others, and an optimiser that has not stepped."""
-    torch.manual_seed(seed)
-    model = Transformer(presets.debug().transformer)
-    average = Transformer(presets.debug().transformer)
-    for module in (model, average):
-        if lora:
-            add_lora(module, LoRAConfig(rank=2))
-        module.to(device)
-        if sharded:  # some by rows, of which three do not divide evenly, others by columns
-            for block in module.blocks:
-                fully_shard(block, shard_placement_fn=lambda weight: Shard(1 if weight.shape[1] > 1 else 0))
-            fully_shard(module)
-    average.requires_grad_(False)
-    return Parts(model, average, make_optimizer(model))
-
-
-def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim >= 3], "weight_decay": 0.1},
-        {"params": [parameter for parameter in trained if parameter.ndim < 3], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True)
-
-
-def change(parts: Parts, step: int) -> None:
-    """A step of training as far as states are concerned: it depends on the step alone."""
-    generator = torch.Generator().manual_seed(step)
-    for name, parameter in parts.model.named_parameters():
-        if parameter.requires_grad and not name.startswith(NEVER_TRAINED):
-            gradient = torch.randn(parameter.shape, generator=generator).to(parameter.device)
-            if isinstance(parameter, DTensor):
-                gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
-            parameter.grad = gradient
-    parts.optimizer.step()
-    with torch.no_grad():
-        for mine, theirs in zip(parts.average.parameters(), parts.model.parameters(), strict=True):
-            if theirs.requires_grad:
-                mine.lerp_(theirs, 0.1)
-
-
-def everything(parts: Parts) -> dict[str, Tensor]:
-    """All numbers of the parts, whole, copied to the CPU."""
-    found = {f"model.{name}": tensor for name, tensor in parts.model.state_dict().items()}
-    found |= {f"average.{name}": tensor for name, tensor in parts.average.state_dict().items()}
-    for name, parameter in parts.model.named_parameters():
-        found |= {f"{key}.{name}": tensor for key, tensor in parts.optimizer.state.get(parameter, {}).items()}
-    whole = {name: part.full_tensor() if isinstance(part, DTensor) else part for name, part in found.items()}
-    return {name: tensor.detach().cpu().clone() for name, tensor in whole.items()}
-
-
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-
-
-def open_states(folder: Path, keep: int = 2, **identity: str) -> States:
-    return States(folder, keep, World(torch.device("cpu")), IDENTITY | identity)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+from u4d.train.state import States
+from u4d.train.state_folder import MANIFEST
+from u4d.train.world import World
 
 
 @pytest.fixture(scope="module")
@@ -362,88 +285,3 @@ def test_an_error_of_the_background_surfaces_at_the_next_call(
     states.save(4, parts)
     states.wait()
     assert names(folder) == ["step_00000002", "step_00000004"]
-
-
-@pytest.mark.slow
-def test_the_interpreter_ends_after_the_write(tmp_path: Path) -> None:
-    done = launch([sys.executable], "end", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert open_states(tmp_path).restore(make_parts(1)) == 1
-
-
-def launch(program: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [*program, __file__, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment)
-
-
-@pytest.mark.slow
-def test_two_processes_and_one_exchange_states(tmp_path: Path) -> None:
-    """One saves, two restore it, go on and save, and one restores that: every number is the same on both sides."""
-    parts = make_parts(0)
-    change(parts, 0)
-    torch.save(everything(parts), tmp_path / "one.pt")
-    with open_states(tmp_path / "one") as states:
-        states.save(1, parts)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = launch(torchrun, "exchange", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert read_manifest(tmp_path / "two" / "step_00000002").processes == 2
-    assert {"__0_0.distcp", "__1_0.distcp"} < set(names(tmp_path / "two" / "step_00000002"))
-    other = make_parts(2)
-    assert open_states(tmp_path / "two").restore(other) == 2
-    assert_equal(everything(other), torch.load(tmp_path / "two.pt"))
-    assert len(re.findall(r"damaged state, .*step_00000003/__1_0\.distcp: its contents", done.stderr)) == 1
-
-
-def save_and_end(folder: Path) -> None:
-    """The interpreter ends while the state is being written."""
-    real = state_module.record_files
-
-    def sleep_and_record(*arguments: Any) -> Any:
-        time.sleep(1)
-        return real(*arguments)
-
-    state_module.record_files = sleep_and_record
-    parts = make_parts(0)
-    change(parts, 0)
-    open_states(folder).save(1, parts)
-    assert not (folder / "step_00000001").exists()
-
-
-def exchange(folder: Path) -> None:
-    """What each of two processes does."""
-    with start_world("cpu") as world:
-        parts = make_parts(1, sharded=True)
-        with States(folder / "one", 2, world, IDENTITY) as states:
-            assert states.restore(parts) == 1
-        assert_equal(everything(parts), torch.load(folder / "one.pt"))
-        change(parts, 1)
-        expected = everything(parts)
-        with States(folder / "two", 2, world, IDENTITY) as states:
-            states.save(2, parts)
-            change(parts, 2)
-            states.save(3, parts)
-            states.wait()
-            if world.main:
-                torch.save(expected, folder / "two.pt")
-                path = folder / "two" / "step_00000003" / "__1_0.distcp"  # what the other process checks
-                path.write_bytes(bytes(reversed(path.read_bytes())))
-            world.wait()
-            assert states.restore(parts) == 2
-            assert_equal(everything(parts), expected)
-            world.wait()
-            if world.main:
-                shutil.rmtree(folder / "two" / "step_00000003")
-        adapters = make_parts(1, lora=True, sharded=True)
-        change(adapters, 1)
-        expected = everything(adapters)
-        with States(folder / "adapters", 2, world, IDENTITY) as states:
-            states.save(1, adapters)
-            change(adapters, 2)
-            assert states.restore(adapters) == 1
-        assert_equal(everything(adapters), expected)
-
-
-if __name__ == "__main__":
-    {"end": save_and_end, "exchange": exchange}[sys.argv[1]](Path(sys.argv[2]))

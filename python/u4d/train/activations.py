@@ -11,7 +11,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import u4d_fast  # noqa: F401  (registers multi_stream_attention)
 from u4d.model.transformer import Transformer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ def panels_of(log: Log) -> dict[str, Draw]:
     if any("validation" in line for line in log):
         panels["validation loss per pattern"] = draw_patterns
         for name, title in METRICS.items():
-            panels[title] = lambda axes, log, name=name: draw_metric(axes, log, name)  # type: ignore[misc]
+            panels[title] = partial(draw_metric, name=name)
         panels["correlation of the motion with the truth"] = draw_correlations
     return panels
 
