@@ -165,19 +165,19 @@ def read_scene(sources: Sources, number: int, bad: list[str]) -> TrainingClips |
     """The first readable one of a number's candidates; those before it are added to `bad`. None if there is none."""
     for path in sources.candidates(number):
         try:
-            return training_clip(open_clip(path, sources.frames).resized(sources.image_size), number)
+            return training_clip(open_clip(path, sources.frames, sources.image_size), number)
         except (UserError, OSError) as error:
             bad.append(str(error) if str(path) in str(error) else f"{path}: {error}")
     return None
 
 
-def open_clip(path: Path, frames: int) -> Scene:
-    """So many frames of a scene.
+def open_clip(path: Path, frames: int, image_size: tuple[int, int]) -> Scene:
+    """So many frames of a scene, evenly spaced over its length, brought to that size while they are read.
 
     Raises:
         UserError: it can't be read, has no pictures, or is too short.
     """
-    scene = Scene.load(path, max_frames=frames)
+    scene = Scene.load(path, max_frames=frames, image_size=image_size)
     if scene.rgb is None or scene.num_frames < frames:
         raise UserError(f"{path}: expected pictures of at least {frames} frames, got {describe(scene.rgb)}")
     return scene
