@@ -41,14 +41,24 @@ def test_an_interrupt_leaves_older_results_and_nothing_else(
     assert tree(tmp_path) == before
 
 
+def heed_interrupts() -> None:
+    """A shell starts its background jobs deaf to SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_a_real_sigint_during_the_work(debug_checkpoint: Path, video: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "u4d.cli", "complete", str(video), "-o", str(tmp_path / "out")]
     command += ["--checkpoint", str(debug_checkpoint), "--device", "cpu", "--steps", "1000000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
-        assert "observed rgb:all" in process.stdout.readline()  # printed when the work begins
-        time.sleep(0.3)
-        os.kill(process.pid, signal.SIGINT)
-        assert process.wait(timeout=60) == 130
-        assert process.stderr.read().strip() == "u4d: interrupted; older results are as they were"
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as process:
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            assert "observed rgb:all" in process.stdout.readline()  # printed when the work begins
+            time.sleep(0.3)
+            os.kill(process.pid, signal.SIGINT)
+            assert process.wait(timeout=60) == 130
+            assert process.stderr.read().strip() == "u4d: interrupted; older results are as they were"
+        finally:
+            process.kill()  # or a failure would wait for its end forever
     assert list(tmp_path.iterdir()) == []
