@@ -166,7 +166,12 @@ class Pipeline(DiffusionPipeline):
             raise UserError(
                 "checkpoint: its transformer config holds no latents_mean and latents_std; it is not trained"
             )
-        return Statistics(torch.tensor(config.latents_mean), torch.tensor(config.latents_std), config.reference_fov_rad)
+        return Statistics(
+            torch.tensor(config.latents_mean),
+            torch.tensor(config.latents_std),
+            config.reference_fov_rad,
+            config.ray_basis,
+        )
 
     @torch.no_grad()
     def complete(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from u4d.errors import UserError
 
+RAY_BASES = ("frames", "dct")
 Config = TypeVar("Config", "TransformerConfig", "CodecConfig")
 
 
@@ -26,6 +27,7 @@ class TransformerConfig:
         text_length: tokens that a prompt is filled up to with zeros (Wan: 512). The null text is one token and as many
             zeros; 1 means no padding.
         origin: where the weights came from, in words.
+        ray_basis: "frames" or "dct": how a ray latent holds its four frames (see `ray_basis_matrix`).
         latents_mean, latents_std: `[4][16]` statistics that bring latents to unit variance (spec.md section 1).
         reference_fov_rad: horizontal field of view of the camera whose rays are subtracted from `ray_dir`.
     """
@@ -40,6 +42,7 @@ class TransformerConfig:
     image_size: tuple[int, int] = (240, 320)
     motion_features: bool = False
     rgb_to_geometry: bool = False
+    ray_basis: str = "frames"
     text_length: int = 1
     origin: str = ""
     latents_mean: tuple[tuple[float, ...], ...] | None = None
@@ -70,6 +73,8 @@ class TransformerConfig:
                 raise UserError(f"{name}: expected finite numbers, got NaN or infinity")
         if self.latents_std is not None and min(map(min, self.latents_std)) <= 0:
             raise UserError(f"latents_std: expected positive numbers, got {min(map(min, self.latents_std))}")
+        if self.ray_basis not in RAY_BASES:
+            raise UserError(f"ray_basis: expected one of {', '.join(RAY_BASES)}, got {self.ray_basis!r}")
         if not 0 < self.reference_fov_rad < math.pi:
             raise UserError(f"reference_fov_rad: expected 0 to pi, got {self.reference_fov_rad!r}")
 

@@ -62,6 +62,7 @@ def test_a_checkpoint_made_from_wan(u4d: Command, made: Path, wan: Path) -> None
         "latents rgb": "mean -0.046, deviation 1.125 to 3.269",
         "latents ray_moment": "mean 0.000, deviation 0.030 to 0.108",
         "reference camera": "field of view 1.142 rad",
+        "ray basis": "frames",
         "null text": "stored, then 511 zero rows",
         "recommended": "where all RGB is observed: steps 40, guidance 2",
         "folder": str(made),

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.fft
 import torch
 from random_clips import SIZE, assert_same_cameras, random_clips
 from torch import Tensor
@@ -14,8 +15,9 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from u4d.clips import Clips
 from u4d.geometry.cameras import fov_to_intrinsics
-from u4d.model.latents import Statistics, decode_latents, encode_streams
+from u4d.model.latents import Statistics, decode_latents, encode_streams, ray_basis_matrix
 from u4d.model.streams import Streams, to_clips, to_streams
+from u4d.presets import RAY_BASES
 from u4d_fast.time_layout import frame_groups, latent_frame_of, latent_frames
 
 CELL = 8
@@ -39,12 +41,13 @@ class CellMeans:
         return interpolate(images.flatten(0, 1), scale_factor=CELL).unflatten(0, images.shape[:2])
 
 
-def random_statistics(seed: int = 0) -> Statistics:
+def random_statistics(seed: int = 0, ray_basis: str = "frames") -> Statistics:
     generator = torch.Generator().manual_seed(seed)
     return Statistics(
         mean=torch.randn(4, 16, generator=generator),
         std=0.1 + torch.rand(4, 16, generator=generator),
         reference_fov_rad=1.1,
+        ray_basis=ray_basis,
     )
 
 
@@ -56,9 +59,11 @@ def cellwise_clips(frames: int) -> Clips:
     return replace(clips, depth=coarse, rgb=rgb.repeat_interleave(CELL, -1).repeat_interleave(CELL, -2))
 
 
+@pytest.mark.parametrize("ray_basis", RAY_BASES)
 @pytest.mark.parametrize("frames", (1, 2, 4, 6, 9))
-def test_encode_then_decode_gives_the_clips_back(frames: int) -> None:
-    clips, scale, statistics = cellwise_clips(frames), torch.tensor([0.5, 2.0]), random_statistics()
+def test_encode_then_decode_gives_the_clips_back(frames: int, ray_basis: str) -> None:
+    clips, scale = cellwise_clips(frames), torch.tensor([0.5, 2.0])
+    statistics = random_statistics(ray_basis=ray_basis)
     latents = encode_streams(to_streams(clips, scale, SIZE), CellMeans(), statistics)
     assert latents.shape == (2, 4, 16, latent_frames(frames), SIZE[0] // CELL, SIZE[1] // CELL)
     back, residual = to_clips(decode_latents(latents, CellMeans(), statistics, frames), frames, scale)
@@ -87,6 +92,28 @@ def test_normalisation_per_stream_and_channel() -> None:
         for channel in range(16):
             expected = (raw[stream][:, channel] - statistics.mean[stream, channel]) / statistics.std[stream, channel]
             torch.testing.assert_close(latents[:, stream, channel], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cosine_basis_is_scipys() -> None:
+    frames = np.random.default_rng(0).normal(size=(4, 3))
+    expected = scipy.fft.dct(frames, type=2, norm="ortho", axis=0)
+    np.testing.assert_allclose(ray_basis_matrix("dct").numpy() @ frames, expected, atol=1e-6)
+
+
+def test_in_the_cosine_basis_a_still_group_has_a_mean_and_no_change() -> None:
+    """The first and the last latent frame hold one frame four times."""
+    unit = Statistics(torch.zeros(4, 16), torch.ones(4, 16), reference_fov_rad=0.9, ray_basis="dct")
+    streams = to_streams(random_clips(6), torch.ones(2), SIZE)
+    latents = encode_streams(streams, CellMeans(), unit)[:, 2:]
+    packed = encode_streams(streams, CellMeans(), replace(unit, ray_basis="frames"))[:, 2:]
+    torch.testing.assert_close(latents[:, :, :3], packed[:, :, :12].unflatten(2, (4, 3)).sum(2) / 2)
+    assert latents[:, :, 3:, [0, -1]].abs().max() < 1e-5 < latents[:, :, 3:12, 1].abs().mean()
+    assert not latents[:, :, 12:].any()
+
+
+def test_an_unknown_basis_is_refused() -> None:
+    with pytest.raises(ValueError, match="ray_basis: expected one of frames, dct, got 'haar'"):
+        ray_basis_matrix("haar")
 
 
 def test_the_reference_camera_has_latents_of_zero() -> None:

@@ -174,6 +174,7 @@ def test_configuration_survives_json() -> None:
         ("latents_std", [[float("nan")] * 16] * 4),
         ("latents_std", [[0.0] * 16] * 4),
         ("reference_fov_rad", 4.0),
+        ("ray_basis", "haar"),
     ],
 )
 def test_configurations_that_make_no_sense_are_refused(field: str, value: object) -> None:

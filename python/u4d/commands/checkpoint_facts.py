@@ -103,7 +103,8 @@ def statistics_facts(config: TransformerConfig) -> Facts:
         channels = RAY_CHANNELS if stream.startswith("ray") else len(means)
         mean, used = sum(means[:channels]) / channels, stds[:channels]
         facts.append((f"latents {stream}", f"mean {mean:.3f}, deviation {min(used):.3f} to {max(used):.3f}"))
-    return [*facts, ("reference camera", f"field of view {config.reference_fov_rad:.3f} rad")]
+    reference = f"field of view {config.reference_fov_rad:.3f} rad"
+    return [*facts, ("reference camera", reference), ("ray basis", config.ray_basis)]
 
 
 def wan_facts(wan: WanSource, name: str) -> Facts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,8 +10,11 @@ import torch
 from torch import Tensor
 
 import u4d_fast
+from u4d.diffusion.flow import RAY_CHANNELS
 from u4d.geometry.cameras import fov_to_intrinsics
 from u4d.model.streams import Streams
+from u4d.presets import RAY_BASES
+from u4d_fast.time_layout import FRAMES_PER_GROUP
 
 CELL = 8
 
@@ -28,13 +32,15 @@ class Statistics:
     """Per stream and channel mean and deviation, and the camera whose rays are subtracted from `ray_dir`.
 
     Attributes:
-        mean, std: `[4,16]`.
+        mean, std: `[4,16]`, of the latents in `ray_basis`.
         reference_fov_rad: horizontal field of view of the reference camera (square pixels, identity rotation).
+        ray_basis: what the four frames packed into a ray latent stand as, see `ray_basis_matrix`.
     """
 
     mean: Tensor
     std: Tensor
     reference_fov_rad: float
+    ray_basis: str = "frames"
 
 
 def encode_streams(streams: Streams, codec: Codec, statistics: Statistics) -> Tensor:
@@ -43,11 +49,15 @@ def encode_streams(streams: Streams, codec: Codec, statistics: Statistics) -> Te
     Raises:
         ValueError: no stream is given.
     """
+    basis = ray_basis_matrix(statistics.ray_basis)
+    directions = streams.ray_dir
+    if directions is not None:
+        directions = directions - reference_rays(directions, statistics)
     parts = (
         None if streams.rgb is None else codec.encode(streams.rgb, "rgb"),
         None if streams.depth is None else codec.encode(streams.depth, "depth"),
-        None if streams.ray_dir is None else streams.ray_dir - reference_rays(streams.ray_dir, statistics),
-        streams.ray_moment,
+        None if directions is None else change_frames(directions, basis),
+        None if streams.ray_moment is None else change_frames(streams.ray_moment, basis),
     )
     known = next((part for part in parts if part is not None), None)
     if known is None:
@@ -62,14 +72,41 @@ def encode_streams(streams: Streams, codec: Codec, statistics: Statistics) -> Te
 
 def decode_latents(latents: Tensor, codec: Codec, statistics: Statistics, num_frames: int) -> Streams:
     """Exact inverse of the normalisation, then the codec's decoder."""
+    inverse = ray_basis_matrix(statistics.ray_basis).mT
     mean, std = broadcast(statistics, latents)
     rgb, depth, ray_dir, ray_moment = (latents[:, index] * std[index] + mean[index] for index in range(4))
     return Streams(
         rgb=codec.decode(rgb, "rgb", num_frames),
         depth=codec.decode(depth, "depth", num_frames),
-        ray_dir=ray_dir + reference_rays(ray_dir, statistics),
-        ray_moment=ray_moment,
+        ray_dir=change_frames(ray_dir, inverse) + reference_rays(ray_dir, statistics),
+        ray_moment=change_frames(ray_moment, inverse),
     )
+
+
+def ray_basis_matrix(name: str) -> Tensor:
+    """Orthonormal `[4,4]`: rows are what a ray latent holds of its four frames.
+
+    "frames": the frames themselves, the seed's packing. All four nearly agree, so normalised channel by channel a model
+    gains little by telling them apart, and its cameras move in steps of four frames. "dct": the discrete cosine
+    transform (DCT-II) over the frames: their mean, then how they change, each of which is brought to unit variance.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name == "frames":
+        return torch.eye(FRAMES_PER_GROUP)
+    if name != "dct":
+        raise ValueError(f"ray_basis: expected one of {', '.join(RAY_BASES)}, got {name!r}")
+    order, frame = torch.arange(FRAMES_PER_GROUP)[:, None], torch.arange(FRAMES_PER_GROUP)
+    cosines = torch.cos(math.pi * order * (frame + 0.5) / FRAMES_PER_GROUP)
+    return cosines / cosines.norm(dim=1, keepdim=True)
+
+
+def change_frames(rays: Tensor, matrix: Tensor) -> Tensor:
+    """Packed rays `[B,16,F,h,w]` with a `[4,4]` matrix applied over their four frames; the empty channels stay."""
+    packed, empty = rays.split((RAY_CHANNELS, rays.shape[1] - RAY_CHANNELS), dim=1)
+    changed = torch.einsum("ij,bjcfhw->bicfhw", matrix.to(rays), packed.unflatten(1, (FRAMES_PER_GROUP, -1)))
+    return torch.cat((changed.flatten(1, 2), empty), dim=1)
 
 
 def reference_rays(like: Tensor, statistics: Statistics) -> Tensor:

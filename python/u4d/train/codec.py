@@ -23,7 +23,7 @@ from u4d.train.sources import render_window
 from u4d_fast.time_layout import FRAMES_PER_GROUP, frame_groups
 
 GREY = torch.tensor([0.299, 0.587, 0.114])
-DEVIATION_FLOOR = 0.1  # of a stream's largest deviation: a channel that hardly varies is not blown up
+DEVIATION_FLOOR = 0.025  # of a stream's largest deviation: a channel that hardly varies is not blown up
 REUSE = 8  # steps on one rendered window
 
 
@@ -114,13 +114,13 @@ def measure_statistics(codec: TinyCodec, recipe: Recipe) -> tuple[Statistics, St
     streams = streams_of(replace(clips, cam_to_world=relative_to_first(cam_to_world)))
     width = config.image_size[1]
     fov_rad = float((2 * torch.atan(width / 2 / intrinsics[..., 0, 0])).mean())
-    unit = Statistics(torch.zeros(4, LATENT_CHANNELS), torch.ones(4, LATENT_CHANNELS), fov_rad)
+    unit = Statistics(torch.zeros(4, LATENT_CHANNELS), torch.ones(4, LATENT_CHANNELS), fov_rad, config.ray_basis)
     latents = encode_streams(streams, codec, unit)
     flat = latents.permute(1, 2, 0, 3, 4, 5).flatten(2)  # [4,16,M]
     mean, std = flat.mean(-1), flat.std(-1)
     std = std.maximum(DEVIATION_FLOOR * std.amax(-1, keepdim=True))
     mean[2:, RAY_CHANNELS:], std[2:, RAY_CHANNELS:] = 0, 1
-    return Statistics(mean, std, fov_rad), streams
+    return replace(unit, mean=mean, std=std), streams
 
 
 @torch.no_grad()

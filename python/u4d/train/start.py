@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,7 @@ def fresh_start(recipe: Recipe, out: Path, world: World, progress: bool) -> Star
     if world.main:
         keep_statistics(measured, out)
     world.wait()
-    statistics = kept_statistics(out)
+    statistics = replace(measured, **kept_statistics(out))
     return Start(build(recipe, codec, statistics, streams), codec, statistics)
 
 
@@ -120,10 +120,10 @@ def keep_statistics(measured: Statistics, out: Path) -> None:
         os.replace(partial, path)
 
 
-def kept_statistics(out: Path) -> Statistics:
-    """The statistics that a run began with."""
+def kept_statistics(out: Path) -> dict[str, Any]:
+    """The measured fields of the `Statistics` that a run began with."""
     fields = json.loads((out / STATISTICS).read_text())
-    return Statistics(torch.tensor(fields["mean"]), torch.tensor(fields["std"]), fields["reference_fov_rad"])
+    return fields | {name: torch.tensor(fields[name]) for name in ("mean", "std")}
 
 
 def start_from_checkpoint(recipe: Recipe) -> Start:
