@@ -1,7 +1,7 @@
 # make demo [CLIP=my.mp4]   a 4D scene from the shipped clip, or from yours; sets everything up the first time
 # make test                 the whole suite; make test-fast leaves the slow tests out
 # make lint | bench | clean
-# make gpu-check            on a machine with a GPU and torch: build, GPU tests, benchmarks; make gpu-sanitize
+# make gpu-check            on a machine with a GPU and torch: build, GPU tests, all benchmarks; make gpu-sanitize
 #
 # Variables: PYTHON (any Python >= 3.11), CXX, U4D_CUDA=0|1, U4D_REQUIRE_KERNELS=0 (go on without a compiler), PIP_ARGS.
 
@@ -18,10 +18,9 @@ export U4D_REQUIRE_KERNELS ?= 1
 
 KERNEL_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
-OP_BENCHMARKS := $(filter-out benchmarks/bench_training.py,$(BENCHMARKS))# that need nothing but torch
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 
-.PHONY: help demo test test-fast lint bench clean gpu-check gpu-sanitize setup setup-dev
+.PHONY: help demo test test-fast lint bench clean setup setup-dev
 
 help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
@@ -89,15 +88,23 @@ $(STAMPS)/package: $(STAMPS)/runtime $(KERNEL_SOURCES)
 	@touch $@
 
 # --- a machine with a GPU where torch is already there and nothing can be downloaded
+#
+# gpu-check runs all parts in under 9 minutes; each also runs alone. GPU_WHEELS: a folder of wheels to install first, such
+# as diffusers'. OUT: a folder that gets all results as one results.tar.gz. GPU_DEVICE=cpu: a rehearsal.
 
 GPU_PYTHON ?= python3
+GPU_DEVICE ?= cuda
+GPU_LIMIT ?= 530
+GPU_WHEELS ?= .wheels
+GPU_PARTS := build test bench end-to-end peers report
+
+.PHONY: gpu-check gpu-sanitize $(addprefix gpu-,$(GPU_PARTS))
 
 gpu-check:
-	$(GPU_PYTHON) -c 'import torch; assert torch.cuda.is_available(), "u4d: torch sees no CUDA device"; print(torch.cuda.get_device_name())'
-	U4D_CUDA=1 $(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e .
-	$(GPU_PYTHON) -m pytest -q -m gpu tests/kernels
-	for benchmark in $(OP_BENCHMARKS); do $(GPU_PYTHON) $$benchmark --device cuda --save; done
-	$(GPU_PYTHON) benchmarks/report.py
+	$(GPU_PYTHON) benchmarks/gpu_check.py --device $(GPU_DEVICE) --limit $(GPU_LIMIT) --wheels $(GPU_WHEELS)
+
+$(addprefix gpu-,$(GPU_PARTS)): gpu-%:
+	$(GPU_PYTHON) benchmarks/gpu_check.py $* --device $(GPU_DEVICE) --limit $(GPU_LIMIT) --wheels $(GPU_WHEELS)
 
 gpu-sanitize:
 	U4D_CUDA=1 $(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e .

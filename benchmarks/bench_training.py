@@ -4,8 +4,8 @@
                                         [--device cpu|cuda] [--threads N] [--rounds N] [--save]
 
 Clips are random and at hand, so making and waiting for them is left out; encoding them is in. The versions' losses
-must agree before anything is timed. TFLOP/s are model FLOPs (u4d.train.flops): what is computed again does not count.
-The recipe's checkpoint is not needed: weights are random, the codec is the preset's own.
+must agree before anything is timed. TFLOP/s are model FLOPs (u4d.train.cost.flops): what is computed again does not
+count. The recipe's checkpoint is not needed: weights are random, the codec is the preset's own.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from u4d.model.codec import TinyCodec
 from u4d.model.latents import Statistics
 from u4d.model.transformer import Transformer
 from u4d.train.codec import channel_weights
-from u4d.train.flops import step_flops
+from u4d.train.cost.flops import step_flops
+from u4d.train.data.samples import Samples, TrainingClips, draw_samples, places_of
 from u4d.train.loop import accumulate_gradients, make_optimizer, place_models
 from u4d.train.recipe import ACTIVATIONS, RECIPES, Recipe
-from u4d.train.samples import Samples, TrainingClips, draw_samples, places_of
 from u4d.train.shard import clip_gradients, update_average
 from u4d.train.world import World
 

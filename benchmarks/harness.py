@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import platform
 import re
 import statistics
@@ -26,6 +27,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 L2_BYTES = 256 * 2**20  # more than any GPU's L2: filling so much evicts everything
+LEAST_ROUNDS = 3  # however short time gets
 
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
@@ -55,12 +57,37 @@ class Row:
     notes: dict[str, float | str] = field(default_factory=dict)
 
 
+_deadline = math.inf  # of `time.perf_counter`, when measuring has to come to its end; see --seconds
+
+
+class _StartClock(argparse.Action):
+    """Stores --seconds, and counts from then on."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, values)
+        limit_time(values)
+
+
+def limit_time(seconds: float) -> None:
+    """From now on measurements take about so long in all: fewer rounds where they would take longer."""
+    global _deadline
+    _deadline = time.perf_counter() + seconds
+
+
+def time_for_one(wanted: float = math.inf) -> float:
+    """Seconds that the next measurement may take: at most half of what is left, so that later ones get some, too."""
+    return min(wanted, max(0.0, (_deadline - time.perf_counter()) / 2))
+
+
 def arguments(description: str) -> argparse.ArgumentParser:
     """The options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument(
+        "--seconds", type=float, action=_StartClock, help="stop measuring early, so that all takes about so long"
+    )
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<machine>/<op>.json")
     return parser
 
@@ -70,15 +97,18 @@ def measure(
 ) -> dict[str, list[float]]:
     """Milliseconds of each call. The versions take turns; on a GPU the L2 cache is cold and events do the timing."""
     times: dict[str, list[float]] = {name: [] for name in versions}
+    end = time.perf_counter() + time_for_one()
     for turn in range(warmup + rounds):
+        if turn >= warmup + LEAST_ROUNDS and time.perf_counter() > end:
+            break
         for name, call in versions.items():
-            elapsed = _time_on_gpu(call) if device == "cuda" else _time_on_cpu(call)
+            elapsed = _time_on_gpu(call) if device == "cuda" else time_on_cpu(call)
             if turn >= warmup:
                 times[name].append(elapsed)
     return times
 
 
-def _time_on_cpu(call: Callable[[], object]) -> float:
+def time_on_cpu(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)
@@ -115,7 +145,7 @@ def row(
     **notes: float | str,
 ) -> Row:
     """A row from the times of `measure`; `copy_rate` in bytes per second comes from `copy_bandwidth`."""
-    deciles = statistics.quantiles(times, n=10) if len(times) > 1 else [times[0]] * 9
+    deciles = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
     median = statistics.median(times)
     rate = moved_bytes / (median * 1e-3) if moved_bytes else None
     return Row(
@@ -164,19 +194,21 @@ def machine_name(device: str) -> str:
     return models[0].strip() if models else platform.processor() or platform.machine()
 
 
-def save(op: str, rows: list[Row], device: str, threads: int) -> Path:
-    """Write the rows of one op for this machine, in place of older ones."""
+def save(op: str, rows: list[Row], device: str, threads: int, skipped: Mapping[str, str] | None = None) -> Path:
+    """Write the rows of one op for this machine, in place of older ones; `skipped`: versions and why they lack."""
     described = environment(device, threads)
     folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", described["machine"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{op}.json"
-    content = {"op": op, "environment": described, "rows": [asdict(one) for one in rows]}
+    content: dict[str, Any] = {"op": op, "environment": described, "rows": [asdict(one) for one in rows]}
+    if skipped:
+        content["skipped"] = dict(skipped)
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 
-def show(op: str, rows: list[Row], options: argparse.Namespace) -> None:
-    """Print the rows, and save them if that was asked for."""
+def show(op: str, rows: list[Row], options: argparse.Namespace, skipped: Mapping[str, str] | None = None) -> None:
+    """Print the rows and what was skipped, and save them if that was asked for."""
     print(f"{op} on {machine_name(options.device)}, {options.threads} threads, torch {torch.__version__}")
     for one in rows:
         rate = f"{one.gb_per_s:9.1f} GB/s" if one.gb_per_s is not None else ""
@@ -187,8 +219,10 @@ def show(op: str, rows: list[Row], options: argparse.Namespace) -> None:
         )
         spread = f"[{one.low_ms:.3f} .. {one.high_ms:.3f}]"
         print(f"  {one.case:32s} {one.version:22s} {one.ms:9.3f} ms {spread:22s}{rate}{share}{notes}")
+    for name, reason in (skipped or {}).items():
+        print(f"  skipped: {name}: {reason}")
     if options.save:
-        print(f"saved to {save(op, rows, options.device, options.threads)}")
+        print(f"saved to {save(op, rows, options.device, options.threads, skipped)}")
 
 
 def _output(*command: str) -> str:

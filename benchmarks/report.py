@@ -40,6 +40,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(
             f"| {row['case']} | {row['version']} | {row['ms']:.3f} | {spread} | {factor} | {rate} | {share} | {notes} |"
         )
+    if "skipped" in result:
+        lines += ["", "Not measured: " + "; ".join(f"{name} ({why})" for name, why in result["skipped"].items()) + "."]
     return "\n".join(lines) + "\n"
 
 

@@ -11,6 +11,7 @@ import torch
 import u4d
 from u4d.errors import UserError
 from u4d.geometry.cameras import rotation_angle_rad
+from u4d.sample.captured import CaptureError
 from u4d.sample.observation import parse_observation
 
 SPECS = (
@@ -129,6 +130,44 @@ def test_a_seed_reproduces_and_candidates_do_not_depend_on_their_number(pipe: u4
     assert one.report["best"] == min(range(6), key=lambda k: one.report["errors"][k])
     assert one.report["depth_spread"].shape == (6, 32, 48)
     assert not torch.equal(one.depth, pipe.complete(scene, steps=2, seed=4).depth)
+
+
+def test_halving_returns_what_the_full_search_draws_for_that_candidate(pipe: u4d.Pipeline, scene: u4d.Scene) -> None:
+    options = {"observe": "rgb:0,-1", "steps": 6, "seed": 3}
+    full = pipe.complete(scene, candidates=5, **options)
+    out = pipe.complete(scene, candidates=5, halving=True, **options)
+    first, second = out.report["halving"]
+    assert (first["after"], second["after"]) == (1, 2) and first["candidates"] == [0, 1, 2, 3, 4]
+    assert second["candidates"] == first["kept"] and second["kept"] == [out.report["best"]] == out.report["finished"]
+    assert len(first["errors"]) == 5 and len(first["overlap"]) == 5 and out.report["drawn"] == 5
+    assert out.report["errors"] == pytest.approx([full.report["errors"][out.report["best"]]], rel=1e-3, abs=1e-5)
+    assert "depth_spread" not in out.report and "rank" in out.report["timings_s"]
+    assert full.report["finished"] == [0, 1, 2, 3, 4] and "halving" not in full.report
+    two = pipe.complete(scene, candidates=5, halving=(5, 2), **options)
+    assert len(two.report["errors"]) == 2 and two.report["best"] in two.report["finished"]
+    assert two.report["depth_spread"].shape == (6, 32, 48)
+    with pytest.raises(UserError, match="halving: expected more than 2 steps"):
+        pipe.complete(scene, candidates=5, halving=True, steps=2)
+
+
+def test_how_steps_were_launched_is_told(pipe: u4d.Pipeline, scene: u4d.Scene) -> None:
+    assert pipe.complete(scene, steps=3).report["sampler"] == "eager: it runs on the CPU"
+    with pytest.raises(CaptureError, match="it runs on the CPU"):
+        pipe.complete(scene, steps=3, capture=True)
+
+
+def test_images_that_are_all_observed_are_not_decoded(
+    pipe: u4d.Pipeline, scene: u4d.Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+    decode = type(pipe.vae).decode
+    monkeypatch.setattr(
+        type(pipe.vae), "decode", lambda self, z, stream, n: decoded.append(stream) or decode(self, z, stream, n)
+    )
+    pipe.complete(scene, steps=1)
+    assert decoded == ["depth"]
+    pipe.complete(scene, observe="rgb:0,-1", steps=1)
+    assert decoded == ["depth", "rgb", "depth"]
 
 
 def test_partly_observed_groups_are_told_and_not_used(pipe: u4d.Pipeline, scene: u4d.Scene) -> None:

@@ -1,9 +1,9 @@
 """Which implementation of an op runs, and how a tensor reaches it.
 
 Three implementations of every op give the same answer: `reference` (plain torch, the specification), `cpu` and
-`cuda` (compiled, float32). `auto` takes the kernel of the device that the tensors are on, and the reference where no
-kernel can run: no compiled module, another dtype than float32, a GPU that the module was not compiled for. A choice
-made by name is met or is an error.
+`cuda` (compiled, float32; some ops take half precision too). `auto` takes the kernel of the device that the tensors
+are on, and the reference where no kernel can run: no compiled module, a dtype that the kernel does not take, a GPU that
+the module was not compiled for. A choice made by name is met or is an error.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from torch import Tensor
 Backend: TypeAlias = Literal["auto", "reference", "cpu", "cuda"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 BACKEND_VARIABLE = "U4D_BACKEND"
+FLOAT32 = (torch.float32,)
+# How a kernel that takes several dtypes is told which; the same numbers as in csrc/kernels/common/half_types.h.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SINGLE_AND_HALF = tuple(DTYPE_CODES)
 
 
 class BackendError(ValueError):
@@ -101,13 +105,15 @@ def _find_unavailable(op: str, device_type: str, device_index: int) -> str:
     return ""
 
 
-def resolve(op: str, requested: str, *tensors: Tensor) -> str:
+def resolve(op: str, requested: str, *tensors: Tensor, dtypes: tuple[torch.dtype, ...] = FLOAT32) -> str:
     """The implementation that a call of `op` takes: "reference", "cpu" or "cuda".
 
     Args:
         op: the op's name, as in `u4d_fast.<op>`.
         requested: the op's `backend` argument.
         tensors: every tensor of the call; all on one device. Those of integers may have any dtype.
+        dtypes: what the kernels take. Every floating tensor must have one of them; they may differ, so that float32
+            tables can stand beside bfloat16 activations.
     Raises:
         BackendError: a backend was asked for by name and cannot run these tensors.
         ValueError: the tensors are on different devices.
@@ -119,11 +125,9 @@ def resolve(op: str, requested: str, *tensors: Tensor) -> str:
             raise ValueError(f"{op}: expected all tensors on one device, got {first} and {tensor.device}")
     if asked == "reference":
         return asked
-    reason = ""
-    for tensor in tensors:
-        if tensor.dtype != torch.float32 and tensor.dtype.is_floating_point:
-            reason = f"the kernels compute in float32, got {tensor.dtype}"
-    reason = reason or unavailable(op, first.type, -1 if first.index is None else first.index)
+    if asked == "auto" and first.type == "meta":
+        return "meta"  # shapes alone, as the kernels give them: what is counted there is what a kernel takes
+    reason = _refused_dtype(dtypes, tensors) or unavailable(op, first.type, -1 if first.index is None else first.index)
     if asked == "auto":
         return "reference" if reason else first.type
     if asked not in BACKENDS:
@@ -133,6 +137,15 @@ def resolve(op: str, requested: str, *tensors: Tensor) -> str:
     if reason:
         raise BackendError(f"{op}: backend {asked!r} cannot run: {reason}")
     return asked
+
+
+def _refused_dtype(dtypes: tuple[torch.dtype, ...], tensors: tuple[Tensor, ...]) -> str:
+    reason = ""
+    for tensor in tensors:
+        if tensor.dtype.is_floating_point and tensor.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            reason = f"the kernels {'compute in' if len(dtypes) == 1 else 'take'} {names}, got {tensor.dtype}"
+    return reason
 
 
 def call(op: str, device: torch.device, *arguments: int | float) -> None:
@@ -159,6 +172,7 @@ def register(
     fake: Callable[..., Any],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    dtypes: tuple[torch.dtype, ...] = FLOAT32,
 ) -> Callable[..., Any]:
     """Make an op known to torch as `torch.ops.u4d_fast.<name>` and return the function that runs its kernel.
 
@@ -171,6 +185,7 @@ def register(
         setup_context: `(ctx, inputs, output)`, saves what `backward` needs.
         backward: `(ctx, *grads)` -> one gradient (or None) for each input. Without it the op is not differentiable and
             its results are constants.
+        dtypes: what the kernel takes, as in `resolve`.
     Returns:
         A function with the schema's arguments. It takes the cheapest way that is right: straight to `kernel` when
         nothing is traced and no gradient is wanted, through `torch.autograd.Function` in eager mode with gradients,
@@ -179,7 +194,8 @@ def register(
 
     def implementation(*arguments: Any) -> Any:
         tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-        return (reference if resolve(name, "auto", *tensors) == "reference" else kernel)(*arguments)
+        chosen = resolve(name, "auto", *tensors, dtypes=dtypes)
+        return (reference if chosen == "reference" else kernel)(*arguments)
 
     _library.define(name + schema)
     _library.impl(name, implementation, "CPU")
@@ -196,8 +212,8 @@ def register(
         wants_grad = False
         for argument in arguments:
             if isinstance(argument, Tensor):
-                if type(argument) is not Tensor and type(argument) is not torch.nn.Parameter:
-                    return registered(*arguments)  # fake tensors and other subclasses hold no memory to point to
+                if type(argument) not in (Tensor, torch.nn.Parameter) or argument.is_meta:
+                    return registered(*arguments)  # fake and meta tensors and other subclasses hold no memory
                 wants_grad = wants_grad or argument.requires_grad
         if wants_grad and apply is not None and torch.is_grad_enabled():
             return apply(*arguments)

@@ -16,6 +16,12 @@ OPS = (
     "warp_frames",
     "reprojection_error",
     "multi_stream_attention",
+    "qk_norm_rope",
+    "rms_norm",
+    "ada_layer_norm",
+    "gated_residual",
+    "gated_residual_norm",
+    "bias_gelu",
 )
 
 

@@ -44,6 +44,7 @@ INDEX = "model_index.json"
 MARKER = "transformer/config.json"  # by which an older checkpoint is known, a transformer alone too
 SETTINGS = ("dense_steps", "dense_guidance")  # plain values beside the components
 REQUIRED = ("transformer", "vae", "scheduler")
+TEXT_PARTS = ("text_encoder", "tokenizer")
 
 
 def find_checkpoint(name: str | Path) -> Path:
@@ -94,8 +95,22 @@ def download_checkpoint(hub_id: str, cached_only: bool = False) -> Path:
         raise UserError(message) from error
 
 
-def save_checkpoint(folder: Path, transformer: Transformer, codec: ModelMixin, dtype: torch.dtype) -> None:
-    """Write a pipeline's folder in `dtype` (Wan's VAE as it is); an older one is replaced when the new is complete."""
+def save_checkpoint(
+    folder: Path,
+    transformer: Transformer,
+    codec: ModelMixin,
+    dtype: torch.dtype,
+    *,
+    text_folder: Path | None = None,
+) -> None:
+    """Write a pipeline's folder; an older one is replaced when the new is complete.
+
+    Args:
+        folder: where.
+        transformer, codec: written in `dtype`; Wan's VAE as it is.
+        dtype: of the weights.
+        text_folder: another checkpoint, whose text encoder and tokenizer are copied; None writes none.
+    """
     from u4d.model.codec import TinyCodec
     from u4d.model.lora import lora_layers
     from u4d.pipeline import Pipeline
@@ -112,10 +127,24 @@ def save_checkpoint(folder: Path, transformer: Transformer, codec: ModelMixin, d
     vae = cast(deepcopy(codec), dtype) if isinstance(codec, TinyCodec) else codec
     pipe = Pipeline(cast(deepcopy(transformer), dtype), vae, new_scheduler())
     pipe.save_pretrained(fresh)
+    if text_folder is not None:
+        copy_text_parts(text_folder, fresh)
     if folder.exists():
         os.replace(folder, old)
     os.replace(fresh, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def copy_text_parts(source: Path, target: Path) -> None:
+    """Give a new checkpoint another one's text encoder and tokenizer, file by file: UMT5's 11 GB are never loaded."""
+    index, theirs = read_json(target / INDEX), read_json(source / INDEX)
+    for part in TEXT_PARTS:
+        (target / part).mkdir()
+        for file in sorted(file for pattern in HUB_FILES for file in (source / part).glob(pattern)):
+            shutil.copyfile(file, target / part / file.name)
+        index[part] = theirs[part]
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"  # as diffusers does
+    (target / INDEX).write_text(text, encoding="utf-8")
 
 
 def check_new_checkpoint(folder: Path, overwrite: bool) -> None:

@@ -18,7 +18,7 @@ from u4d import __version__
 from u4d.commands.console import notes_on_stderr
 from u4d.errors import UserError
 
-VERBS = ("complete", "demo", "eval", "train", "init", "info")
+VERBS = ("complete", "demo", "eval", "train", "init", "info", "bench")
 INTERRUPTED = "older results are as they were"
 
 

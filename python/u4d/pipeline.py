@@ -5,10 +5,10 @@ Data flows one way: scene -> streams -> latents -> transformer -> sampler -> lat
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,18 +29,21 @@ from u4d.model.streams import to_clips, to_streams
 from u4d.model.text import TextKeys
 from u4d.model.transformer import Transformer
 from u4d.model.wan_codec import as_codec
-from u4d.sample.denoise import DEFAULT_GUIDANCE, Velocity, denoise
+from u4d.sample.candidates import Drawn, Sampling, draw_candidates
+from u4d.sample.captured import prevents_capture
+from u4d.sample.clock import Clock
+from u4d.sample.denoise import DEFAULT_GUIDANCE, Velocity
 from u4d.sample.given import Given, hold_observed, keep_observed, lens_of, prepare
+from u4d.sample.halving import plan_cuts, without_known_images
 from u4d.sample.observation import Observation
 from u4d.sample.report import consistency, describe, describe_search
-from u4d.sample.search import choose_candidate, draw_candidate_noise, score_candidates
+from u4d.sample.search import CandidateScores, choose_candidate, score_candidates
 from u4d.sample.window_plan import check_window
 from u4d.sample.windows import complete_windows
 from u4d.scene import Scene
 from u4d.text_encoder import embed, encode_prompt
 
 Progress = Callable[[str, int, int], None]
-CANDIDATES_AT_ONCE = 4
 DEFAULT_STEPS = 40
 LARGE_BYTES = 4e9  # of weights on disk: 1 B parameters in float32, or 2 B in bfloat16
 
@@ -189,6 +192,8 @@ class Pipeline(DiffusionPipeline):
         overlap: int | None = None,
         original_size: bool = False,
         shared_intrinsics: bool = True,
+        halving: bool | Sequence[int] = False,
+        capture: bool | None = None,
         progress: Progress | None = None,
     ) -> Scene:
         """Complete a scene from what is observed of it.
@@ -209,6 +214,8 @@ class Pipeline(DiffusionPipeline):
             overlap: frames that neighbouring windows share; None for the usual number (see `complete_windows`).
             original_size: return images, depth and intrinsics at the scene's own size.
             shared_intrinsics: the lens does not change during the clip.
+            halving: give up candidates between steps (see `plan_cuts`): True for 16 -> 4 -> 1 and the like.
+            capture: run steps as a recorded CUDA graph; None: on a GPU, where nothing prevents it.
             progress: called as progress(stage, done, total).
         Returns:
             the complete scene with `report`. Observed images, depths and cameras are the input's own. Without any
@@ -216,11 +223,14 @@ class Pipeline(DiffusionPipeline):
             relative (`scale` 1).
         Raises:
             UserError: the observation does not fit the scene, or a setting is out of range.
+            CaptureError: capture was asked for and can't be had.
         """
         check_settings(steps, candidates, guidance)
+        cuts = plan_cuts(candidates, steps, halving)
         if window is not None:
             config = self.transformer.config
-            settings = {"steps": steps, "guidance": guidance, "candidates": candidates, "prompt": prompt}
+            settings: dict[str, Any] = {"steps": steps, "guidance": guidance, "candidates": candidates}
+            settings |= {"prompt": prompt, "halving": halving, "capture": capture}
             return complete_windows(
                 self.complete,
                 scene,
@@ -243,25 +253,40 @@ class Pipeline(DiffusionPipeline):
             text = self.encode_text(prompt)
             with self.at_work(self.vae):
                 clean = self.encode(given)
-        with clock.stage("denoise"), self.at_work(self.transformer):
-            latents = self.sample(clean, given.groups, steps, guidance, candidates, seed, text, progress)
-            if not bool(torch.isfinite(latents).all()):
+        lens = lens_of(given.clip, given.observation) if shared_intrinsics else None
+
+        def decoded(latents: Tensor) -> tuple[Clips, Tensor]:
+            """Candidates as the user gets them, and the residuals of their cameras."""
+            with self.at_work(self.vae):
+                drawn, residual = self.decode(latents, given, shared_intrinsics, lens)
+            return keep_observed(drawn, given), residual
+
+        def score(latents: Tensor) -> CandidateScores:
+            with clock.stage("rank"):
+                return score_candidates(*decoded(latents)[0].everything())
+
+        with clock.stage("denoise"):
+            table = unipc_table(steps, shift=self.scheduler.config.flow_shift)
+            prevented = "" if self.offload_device is not None else prevents_capture(self.transformer)
+            sampling = Sampling(clean, given.groups, table, guidance, seed, capture, prevented)
+            tell = None if progress is None else partial(progress, "denoise")
+            drawn = self.draw(sampling, text, candidates, cuts=cuts, score=score, progress=tell)
+            if not bool(torch.isfinite(drawn.latents).all()):
                 raise UserError(
                     f"checkpoint {self.config._name_or_path}: sampling gave values that are not finite: "
                     "its weights are damaged, or they overflow in this dtype; try float32"
                 )
-        with clock.stage("decode"), self.at_work(self.vae):
-            num_frames = given.placement.num_frames
-            lens = lens_of(given.clip, given.observation) if shared_intrinsics else None
-            drawn, residual = self.decode(latents, num_frames, given.scale, shared_intrinsics, lens)
-            rgb, depth, intrinsics, cam_to_world = keep_observed(drawn, given).everything()
+        with clock.stage("decode"):
+            clips, residual = decoded(drawn.latents)
+            rgb, depth, intrinsics, cam_to_world = clips.everything()
         with clock.stage("search"):
             scores = score_candidates(rgb, depth, intrinsics, cam_to_world)
             best = choose_candidate(scores).best
         report = {
             **describe(given),
             **{"steps": steps, "guidance": guidance, "seed": seed, "timings_s": clock.seconds},
-            **describe_search(scores, depth, best),
+            **{"sampler": drawn.launching, "drawn": candidates},
+            **describe_search(scores, depth, best, drawn),
             "consistency": consistency(scores, residual, best),
         }
         result = Scene(
@@ -310,42 +335,21 @@ class Pipeline(DiffusionPipeline):
         streams = to_streams(clip, torch.tensor([given.scale], device=clip.device), (height, width))
         return encode_streams(streams, self.codec, self.statistics)
 
-    def sample(
-        self,
-        clean: Tensor,
-        observed: Tensor,
-        steps: int,
-        guidance: float,
-        candidates: int,
-        seed: int,
-        text: Tensor | None,
-        progress: Progress | None,
-    ) -> Tensor:
-        """Draw the candidates' latents `[L,4,16,F,h,w]`, a few at a time."""
-        table = unipc_table(steps, shift=self.scheduler.config.flow_shift)
-        velocity = self.velocity(self.transformer.text_keys(text))
-        drawn = []
-        for first in range(0, candidates, CANDIDATES_AT_ONCE):
-            count = min(CANDIDATES_AT_ONCE, candidates - first)
-            noise = draw_candidate_noise(seed, count, clean.shape[1:], first=first, device=clean.device)
+    def draw(self, sampling: Sampling, text: Tensor | None, candidates: int, **options: Any) -> Drawn:
+        """Draw candidates' latents for a prompt's embeddings; options as in `draw_candidates`."""
+        keys: TextKeys | None = None
+        asked: Velocity | None = None
 
-            def report(done: int, total: int, first: int = first) -> None:
-                if progress is not None:
-                    rounds = -(-candidates // CANDIDATES_AT_ONCE)
-                    progress("denoise", first // CANDIDATES_AT_ONCE * total + done, rounds * total)
+        @contextmanager
+        def model() -> Iterator[Velocity]:
+            nonlocal keys, asked
+            with self.at_work(self.transformer):
+                keys = keys or self.transformer.text_keys(text)
+                if asked is None or self.offload_device is not None:  # weights that moved: nothing recorded holds
+                    asked = self.velocity(keys)
+                yield asked
 
-            drawn.append(
-                denoise(
-                    velocity,
-                    clean.expand(count, *clean.shape[1:]),
-                    observed,
-                    table,
-                    noise=noise,
-                    guidance=guidance,
-                    progress=report,
-                )
-            )
-        return torch.cat(drawn)
+        return draw_candidates(sampling, model, candidates, **options)
 
     def velocity(self, text: TextKeys) -> Velocity:
         """The transformer in its own dtype, for one prompt."""
@@ -357,30 +361,21 @@ class Pipeline(DiffusionPipeline):
         return predict
 
     def decode(
-        self, latents: Tensor, num_frames: int, scale: float, shared_intrinsics: bool, lens: Tensor | None = None
+        self, latents: Tensor, given: Given, shared_intrinsics: bool, lens: Tensor | None = None
     ) -> tuple[Clips, Tensor]:
-        """Candidates' clips and camera residuals, decoded one by one to bound memory; `lens`: see `lens_of`."""
+        """Candidates' clips and camera residuals, decoded one by one to bound memory; `lens`: see `lens_of`.
+
+        Images that are all observed are not decoded: the input's own take their place anyway.
+        """
         parts, residuals = [], []
-        scales = torch.tensor([scale], device=latents.device)
+        num_frames, scales = given.placement.num_frames, torch.tensor([given.scale], device=latents.device)
+        codec = without_known_images(self.codec, given.clip.rgb, given.observation.rgb)
         for candidate in latents.split(1):
-            streams = decode_latents(candidate, self.codec, self.statistics, num_frames)
+            streams = decode_latents(candidate, codec, self.statistics, num_frames)
             clips, residual = to_clips(streams, num_frames, scales, shared_intrinsics, lens)
             parts.append(clips)
             residuals.append(residual)
         return join(parts), torch.cat(residuals)
-
-
-class Clock:
-    """Seconds per stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - began
 
 
 def check_settings(steps: int, candidates: int, guidance: float) -> None:

@@ -18,7 +18,7 @@ from u4d.errors import UserError
 from u4d.sample.observation import TASKS
 from u4d.train.recipe import RECIPES
 
-VERBS = ("complete", "demo", "eval", "train", "init", "info")
+VERBS = ("complete", "demo", "eval", "train", "init", "info", "bench")
 
 
 def test_help_names_every_verb_and_needs_nothing_heavy() -> None:
@@ -41,9 +41,8 @@ def test_the_help_of_complete_is_enough_to_use_it(u4d: Command) -> None:
     text = u4d("complete", "--help").out
     for name, task in TASKS.items():
         assert name in text and task.observe in text and task.description in text
-    options = (
-        "--observe --task --cameras --steps --guidance --candidates --seed --frames --prompt --checkpoint --device"
-    )
+    options = "--observe --task --cameras --steps --guidance --candidates --halving --seed --frames --prompt"
+    options += " --checkpoint --device"
     for option in (*options.split(), "--original-size", "--lossless", "--overwrite", "INPUT", "-o OUT"):
         assert option in text
     assert "u4d complete clip.mp4 -o out/clip" in text

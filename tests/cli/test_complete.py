@@ -77,6 +77,20 @@ def test_candidates_are_listed_and_the_kept_one_is_marked(complete: Command, vid
 
 
 @plain_summary
+def test_halving_tells_who_went_on(complete: Command, video: Path, tmp_path: Path) -> None:
+    done = complete(video, "-o", tmp_path / "out", "--candidates", 4, "--halving")
+    report = report_of(tmp_path / "out")
+    assert [cut["after"] for cut in report["halving"]] == [1] and report["finished"] == [report["best"]]
+    lines = done.out[done.out.index("after step") :].splitlines()[2:3]
+    for cut, line in zip(report["halving"], lines, strict=True):
+        assert line.split()[:2] == [str(cut["after"]), str(len(cut["candidates"]))]
+        assert line.endswith(", ".join(map(str, cut["kept"])))
+    wrong = complete(video, "-o", tmp_path / "other", "--halving")
+    assert wrong.code == 2 and "halving: expected at least 2 candidates" in wrong.err
+    assert not (tmp_path / "other").exists()
+
+
+@plain_summary
 def test_results_come_lossless_and_at_the_inputs_size_on_request(
     complete: Command, video: Path, tmp_path: Path
 ) -> None:

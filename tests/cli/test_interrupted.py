@@ -14,7 +14,7 @@ from in_process import Command, tree
 
 PLACES = {
     "while the checkpoint loads": "u4d.commands.completion.load_pipeline",
-    "while it is denoised": "u4d.pipeline.denoise",
+    "while it is denoised": "u4d.pipeline.draw_candidates",
     "while it is compared": "u4d.commands.completion.compare",
     "while it is saved": "u4d.view.summary.write_summary",
 }

@@ -116,8 +116,8 @@ def test_plotting_and_exporting_take_what_was_given(
         calls.append(("export", run, out, average, step))
         return out
 
-    monkeypatch.setattr("u4d.train.plot.plot_run", plot)
-    monkeypatch.setattr("u4d.train.consolidate.consolidate", export)
+    monkeypatch.setattr("u4d.train.watch.plot.plot_run", plot)
+    monkeypatch.setattr("u4d.train.state.consolidate.consolidate", export)
     (tmp_path / "run").mkdir()
     run, out = tmp_path / "run", tmp_path / "out"
     assert f"curves: {run / 'curves.png'}" in u4d("train", "--plot", run).out

@@ -121,6 +121,7 @@ def test_mistakes_are_told_before_any_work(
 def test_the_table_of_very_many_windows_is_cut() -> None:
     entry = {
         "best": 1,
+        "drawn": 2,
         "errors": [0.2, 0.1],
         "consistency": {"reprojection_error": 0.1, "overlap": 0.5},
         "timings_s": {"denoise": 1.0},

@@ -27,13 +27,14 @@ def host_shim(monkeypatch: pytest.MonkeyPatch) -> HostShim:
     @contextlib.contextmanager
     def run(op: str, order: str) -> Iterator[None]:
         library = op_library(op)
+        library.u4d_shim_failure.restype = ctypes.c_char_p
         library.u4d_shim_last_thread_first({"forward": 0, "reverse": 1}[order])
 
         def call(name: str, device: torch.device, *arguments: int | float) -> None:
             as_c = [ctypes.c_int64(a) if isinstance(a, int) else ctypes.c_double(a) for a in arguments]
             status = getattr(library, f"{name}_cuda")(ctypes.c_void_p(None), *as_c)
             if status != 0:
-                raise ValueError(f"{name}: status {status}")
+                raise ValueError(f"{name}: status {status} {library.u4d_shim_failure().decode()}".strip())
 
         with monkeypatch.context() as patch:
             patch.setattr(backends, "call", call)

@@ -48,6 +48,19 @@ def test_auto_takes_the_reference_for_double(cameras, monkeypatch) -> None:
     assert calls == [] and ray_dir.dtype == torch.float64
 
 
+def test_an_op_says_which_dtypes_its_kernels_take() -> None:
+    half, single, double = (torch.zeros(1, dtype=dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64))
+    taken = (torch.float32, torch.bfloat16)
+    counts = torch.zeros(1, dtype=torch.int64)
+    assert backends.resolve("pack_rays", "auto", half, single, counts, dtypes=taken) == "cpu"
+    assert backends.resolve("pack_rays", "auto", half, double, dtypes=taken) == "reference"
+    assert backends.resolve("pack_rays", "auto", half) == "reference"
+    with pytest.raises(
+        u4d_fast.BackendError, match=r"cannot run: the kernels take float32, bfloat16, got torch\.float64"
+    ):
+        backends.resolve("pack_rays", "cpu", half, double, dtypes=taken)
+
+
 def test_the_reference_can_be_asked_for(cameras, monkeypatch) -> None:
     calls = spy_on_call(monkeypatch)
     u4d_fast.pack_rays(*cameras, backend="reference")
@@ -144,7 +157,9 @@ def test_the_environment_variable() -> None:
 def test_info_tells_what_is_active_and_why() -> None:
     told = u4d_fast.info()
     assert told["torch"] == torch.__version__ and told["threads"] >= 1
-    with_kernel = {"pack_rays", "unpack_rays", "rays_to_cameras", "warp_frames", "reprojection_error"}
+    rays_and_warp = {"pack_rays", "unpack_rays", "rays_to_cameras", "warp_frames", "reprojection_error"}
+    in_a_block = {"qk_norm_rope", "rms_norm", "ada_layer_norm", "gated_residual", "gated_residual_norm", "bias_gelu"}
+    with_kernel = rays_and_warp | in_a_block
     assert set(told["ops"]) == with_kernel | {"multi_stream_attention"}
     assert with_kernel <= set(backends.kernels.ops) and told["kernels"]["built"]
     assert all(told["ops"][op]["cpu"] == {"backend": "cpu", "reason": ""} for op in with_kernel)

@@ -217,7 +217,7 @@ def test_the_plan_is_runs_of_neighbours() -> None:
 # What is chosen and what is refused.
 
 
-def test_there_is_no_kernel_yet_and_that_is_told() -> None:
+def test_there_is_no_cpu_kernel_and_that_is_told() -> None:
     given = random_qkv(18, torch.float32)
     assert torch.equal(multi_stream_attention(*given, SIZE, backend="reference"), multi_stream_attention(*given, SIZE))
     told = u4d_fast.info()["ops"]["multi_stream_attention"]["cpu"]

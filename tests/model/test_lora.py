@@ -31,7 +31,8 @@ def test_fresh_adapters_change_nothing(dtype: torch.dtype) -> None:
     model = random_transformer().to(dtype=dtype)
     before = output(model, dtype)
     add_lora(model, CONFIG)
-    assert torch.equal(output(model, dtype), before)
+    # Not bit for bit: a plain layer is fused with what follows it, and so rounds once less.
+    assert relative_error(output(model, dtype), before) < (1e-6 if dtype == torch.float32 else 5e-3)
     assert {parameter.dtype for parameter in lora_parameters(model).values()} == {torch.float32}
 
 

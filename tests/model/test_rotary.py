@@ -7,7 +7,8 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor
 
-from u4d.model.rotary import rotary_table, rotate
+from u4d.model.rotary import rotary_table
+from u4d_fast.reference.qk_norm_rope import rotate
 
 
 @pytest.mark.parametrize("head_dim", (12, 20, 64, 128))
@@ -29,7 +30,7 @@ def test_rotated_products_depend_on_the_offset_alone() -> None:
     tokens = frames * rows * columns
 
     def everywhere(vector: Tensor) -> Tensor:
-        return rotate(vector.expand(1, 1, tokens, 1, -1), table)[0, 0, :, 0]
+        return rotate(vector.expand(1, 1, tokens, 1, -1), *table)[0, 0, :, 0]
 
     q, k = everywhere(query), everywhere(key)
     torch.testing.assert_close(q.norm(dim=-1), query.norm().expand(tokens))

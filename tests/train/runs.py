@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import u4d.train.loop as loop
+from u4d.data.images import write_png
 from u4d.train.recipe import Recipe
 from u4d.train.settings import to_json
 
@@ -68,6 +70,15 @@ def train_in_processes(recipe: Recipe, run: Path, processes: int) -> None:
         command, capture_output=True, text=True, check=False, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
+
+
+def write_pictures(folder: Path, caption: str) -> None:
+    """A clip of six random pictures in the sizes of `debug`, and what is said of it."""
+    folder.mkdir(parents=True)
+    pictures = np.random.default_rng(len(caption)).integers(0, 256, (6, 32, 48, 3), dtype=np.uint8)
+    for number, picture in enumerate(pictures):
+        write_png(folder / f"{number}.png", picture)
+    folder.with_name(f"{folder.name}.txt").write_text(caption)
 
 
 def losses(run: Path) -> Tensor:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +90,17 @@ def test_adapters_are_trained_by_two_processes(debug_checkpoint: Path, tmp_path:
     assert torch.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-3, atol=1e-3)
     pipe = u4d.Pipeline.from_pretrained(debug_checkpoint)
     pipe.load_lora(tmp_path / "two" / "adapter")
+
+
+@pytest.mark.slow
+def test_what_all_processes_refuse_is_told_once(tmp_path: Path) -> None:
+    """torchrun ends the others as soon as the main process has told it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "u4d.cli"]
+    command += ["train", "debug", "-o", str(tmp_path / "run"), "--device", "cpu", "--workers", "0", "--set", "batch=3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)
+    assert done.returncode != 0
+    assert done.stderr.count("u4d: error: batch: expected a multiple of the number of processes (2), got 3") == 1
 
 
 @pytest.mark.parametrize(

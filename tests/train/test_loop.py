@@ -16,9 +16,9 @@ import u4d.train.loop as loop
 from train.runs import losses, same_bits, saved, train, train_until
 from u4d.errors import UserError
 from u4d.model.transformer import Transformer
+from u4d.train.data.samples import Samples
 from u4d.train.loop import make_optimizer
 from u4d.train.recipe import Compute, Data, Phase, Recipe, Watching, debug_run
-from u4d.train.samples import Samples
 from u4d.train.world import World
 
 

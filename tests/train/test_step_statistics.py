@@ -15,9 +15,9 @@ from u4d.diffusion.patterns import PATTERNS
 from u4d.model.codec import TinyCodec
 from u4d.model.latents import Statistics
 from u4d.model.transformer import Transformer
+from u4d.train.data.samples import Samples, TrainingClips, draw_samples
+from u4d.train.data.sources import open_sources, read_clips
 from u4d.train.recipe import Phase, Recipe, debug_run
-from u4d.train.samples import Samples, TrainingClips, draw_samples
-from u4d.train.sources import open_sources, read_clips
 from u4d.train.step import clean_latents, micro_batch_loss
 
 WEIGHTS = {"joint": 1.0, "first_frames": 1.0, "geometry_dense": 2.0, "camera_control": 3.0, "geometry_sparse": 1.0}
@@ -154,6 +154,26 @@ def test_a_missing_stream_is_pure_noise_for_the_model(parts: Networks, clips: Tr
     assert not torch.equal(noisy[1, 1:], samples.noise[1, 1:])
     clean = clean_latents(samples, codec, STATISTICS, torch.device("cpu"))
     assert not clean[0, 1:].any() and clean[1].flatten(1).any(1).all()
+
+
+def test_depth_is_not_encoded_where_no_clip_has_any(parts: Networks, clips: TrainingClips) -> None:
+    """Nor does that change the latents of a clip beside one that has it."""
+    codec, encoded = parts[1], []
+
+    class Counting:
+        def encode(self, clip: Tensor, stream: str) -> Tensor:
+            encoded.append(stream)
+            return codec.encode(clip, stream)
+
+        def decode(self, latents: Tensor, stream: str, num_frames: int) -> Tensor:
+            raise AssertionError
+
+    samples = mixed_samples(clips)
+    latents = [clean_latents(part, Counting(), STATISTICS, torch.device("cpu")) for part in samples.split(1)]
+    assert encoded == ["rgb", "rgb", "depth"]
+    together = clean_latents(samples, Counting(), STATISTICS, torch.device("cpu"))
+    assert encoded[3:] == ["rgb", "depth"] and torch.allclose(torch.cat(latents), together, atol=1e-6)
+    assert not latents[0][:, 1:].any()
 
 
 def test_no_gradient_comes_from_a_missing_stream(parts: Networks, clips: TrainingClips) -> None:

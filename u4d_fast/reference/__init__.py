@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from u4d_fast.reference.ada_layer_norm import ada_layer_norm
+from u4d_fast.reference.bias_gelu import bias_gelu
+from u4d_fast.reference.gated_residual import gated_residual
+from u4d_fast.reference.gated_residual_norm import gated_residual_norm
 from u4d_fast.reference.multi_stream_attention import multi_stream_attention
 from u4d_fast.reference.pack_rays import pack_rays
+from u4d_fast.reference.qk_norm_rope import qk_norm_rope
 from u4d_fast.reference.rays_to_cameras import rays_to_cameras
 from u4d_fast.reference.reprojection_error import reprojection_error
+from u4d_fast.reference.rms_norm import rms_norm
 from u4d_fast.reference.unpack_rays import unpack_rays
 from u4d_fast.reference.warp_frames import warp_frames
 
 __all__ = [
+    "ada_layer_norm",
+    "bias_gelu",
+    "gated_residual",
+    "gated_residual_norm",
     "multi_stream_attention",
     "pack_rays",
+    "qk_norm_rope",
     "rays_to_cameras",
     "reprojection_error",
+    "rms_norm",
     "unpack_rays",
     "warp_frames",
 ]

@@ -1,9 +1,12 @@
 // Runs CUDA kernels without inline PTX on the CPU, so that a machine without GPU can test them. Tests only.
+// (hopper_shim.h adds Hopper's own instructions.)
 //
 // Every thread of a block is a fiber. A fiber runs until it meets a barrier (__syncthreads, __syncwarp, a shuffle) or
 // ends; then the next one runs. Blocks run one after the other. Running the threads of a block first to last and again
 // last to first shows a missing barrier: with it the results agree, without it one of the two reads stale memory.
 // What it cannot show: races between blocks, memory ordering, the cost of anything.
+//
+// A kernel that does what no GPU would survive makes launch_status() return kShimFailure; the reason goes to stderr.
 #pragma once
 
 #include <setjmp.h>
@@ -11,14 +14,19 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
+
+#include "kernels/common/status.h"
 
 #define __global__ static
 #define __device__
@@ -27,6 +35,8 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __shared__ static
 
 struct uint3 {
@@ -40,7 +50,21 @@ struct dim3 {
 
 namespace u4d::host_shim {
 
-enum class Waiting { kNo, kWarp, kBlock };
+constexpr Status kShimFailure = -99;
+
+enum class Waiting { kNo, kWarp, kBlock, kOther };
+
+// Emulates more than CUDA C++: other things to wait for, and work that goes on beside the threads.
+struct Extension {
+  virtual void begin_block(int threads) = 0;
+  virtual void end_block() = 0;
+  // Whether that for which this thread waits (Waiting::kOther) has come.
+  virtual bool ready(int thread) = 0;
+  // No thread can run: does one piece of the work under way. False where there is none.
+  virtual bool advance() = 0;
+  virtual std::string waits_for(int thread) = 0;
+};
+inline Extension* extension = nullptr;
 
 // A context starts a fiber on its stack; from then on _setjmp and _longjmp switch, which unlike swapcontext make no
 // system call.
@@ -64,6 +88,38 @@ inline unsigned char exchange[1024][16];  // one slot per thread of a block, for
 inline uint3 thread_index, block_index;
 inline dim3 block_size, grid_size;
 
+constexpr int kSharedLimit = 227 * 1024, kSharedDefault = 48 * 1024;  // bytes of dynamic shared memory of a block
+alignas(1024) inline unsigned char dynamic_shared[kSharedLimit];
+inline int dynamic_bytes = 0;
+inline std::map<const void*, int> allowed_shared;  // by kernel, from cudaFuncSetAttribute
+
+// Bytes that read as NaN in bfloat16, float16 and float32: what nobody has written yet.
+constexpr std::uint16_t kPoison = 0x7fc1;
+inline void poison(unsigned char* bytes, std::size_t count) {
+  for (std::size_t i = 0; i < count; ++i) bytes[i] = static_cast<unsigned char>(kPoison >> 8 * (i % 2));
+}
+
+inline std::string failure;
+inline bool in_fiber = false;
+struct Failed {};
+
+// Ends the launch. What the threads hold on their stacks is lost, which a test can bear.
+[[noreturn]] inline void fail(const char* format, ...) {
+  char text[2000];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof(text), format, arguments);
+  va_end(arguments);
+  failure = text;
+  if (in_fiber) {
+    char who[80];
+    std::snprintf(who, sizeof(who), "block %u, thread %d: ", block_index.x, current);
+    failure = who + failure;
+    _longjmp(scheduler, 1);
+  }
+  throw Failed{};
+}
+
 inline void enter() {
   body();
   fibers[current].done = true;
@@ -72,10 +128,14 @@ inline void enter() {
 
 inline void run_current() {
   Fiber& fiber = fibers[current];
-  if (_setjmp(scheduler) != 0) return;
-  if (fiber.started) _longjmp(fiber.resume, 1);
-  fiber.started = true;
-  setcontext(&fiber.context);
+  in_fiber = true;
+  if (_setjmp(scheduler) == 0) {
+    if (fiber.started) _longjmp(fiber.resume, 1);
+    fiber.started = true;
+    setcontext(&fiber.context);
+  }
+  in_fiber = false;
+  if (!failure.empty()) throw Failed{};
 }
 
 inline void wait(Waiting what) {
@@ -99,9 +159,33 @@ inline bool release_if_complete(int first, int last, Waiting what) {
   return any;
 }
 
-inline void run_block() {
+inline std::string waits_for(int thread) {
+  switch (fibers[thread].waiting) {
+    case Waiting::kWarp:
+      return "for the other threads of their warp (__syncwarp, a shuffle)";
+    case Waiting::kBlock:
+      return "at __syncthreads";
+    case Waiting::kOther:
+      return extension->waits_for(thread);
+    default:
+      return "for nothing";
+  }
+}
+
+// Says which threads wait for what, neighbours that wait for the same together.
+[[noreturn]] inline void report_deadlock(int count) {
+  std::string text = "deadlock: a barrier was met by some threads of a block and never by the others";
+  for (int first = 0, last = 0; first < count; first = last) {
+    const std::string what = fibers[first].done ? "" : waits_for(first);
+    for (last = first + 1; last < count && what == (fibers[last].done ? "" : waits_for(last));) ++last;
+    if (fibers[first].done) continue;
+    text += "\n  threads " + std::to_string(first) + " to " + std::to_string(last - 1) + " wait " + what;
+  }
+  fail("%s", text.c_str());
+}
+
+inline void prepare_block(int count) {
   constexpr std::size_t kStack = 256 * 1024;
-  const int count = static_cast<int>(block_size.x * block_size.y * block_size.z);
   if (static_cast<int>(fibers.size()) < count) fibers.resize(count);
   for (int i = 0; i < count; ++i) {
     Fiber& fiber = fibers[i];
@@ -117,42 +201,61 @@ inline void run_block() {
     fiber.done = false;
     fiber.started = false;
   }
+  poison(dynamic_shared, dynamic_bytes);
+}
+
+inline void run_block() {
+  const int count = static_cast<int>(block_size.x * block_size.y * block_size.z);
+  prepare_block(count);
+  if (extension) extension->begin_block(count);
   for (;;) {
     bool ran = false, all_done = true;
     for (int k = 0; k < count; ++k) {
       current = last_thread_first ? count - 1 - k : k;
-      if (fibers[current].done) continue;
+      Fiber& fiber = fibers[current];
+      if (fiber.done) continue;
       all_done = false;
-      if (fibers[current].waiting != Waiting::kNo) continue;
-      thread_index = fibers[current].index;
+      if (fiber.waiting == Waiting::kOther && extension->ready(current)) fiber.waiting = Waiting::kNo;
+      if (fiber.waiting != Waiting::kNo) continue;
+      thread_index = fiber.index;
       run_current();
       ran = true;
     }
-    if (all_done) return;
+    if (all_done) break;
     bool released = false;
     for (int warp = 0; warp < count; warp += 32) {
       released |= release_if_complete(warp, std::min(warp + 32, count), Waiting::kWarp);
     }
     released |= release_if_complete(0, count, Waiting::kBlock);
-    if (!ran && !released) {
-      std::fputs("host shim: a barrier was met by some threads of a block and never by the others\n", stderr);
-      std::abort();
-    }
+    if (!ran && !released && !(extension && extension->advance())) report_deadlock(count);
   }
+  if (extension) extension->end_block();
+}
+
+inline void check_shared_memory(const void* kernel, int bytes) {
+  const int allowed = allowed_shared.count(kernel) ? allowed_shared[kernel] : kSharedDefault;
+  if (bytes > allowed) fail("%d bytes of shared memory, but the kernel was allowed %d", bytes, allowed);
+  dynamic_bytes = bytes;
 }
 
 template <class Kernel, class... Args>
-void launch(Kernel kernel, dim3 grid, dim3 block, const Args&... args) {
+void launch(Kernel kernel, dim3 grid, dim3 block, int shared_bytes, const Args&... args) {
   grid_size = grid;
   block_size = block;
   body = [&] { kernel(args...); };
-  for (unsigned int z = 0; z < grid.z; ++z) {
-    for (unsigned int y = 0; y < grid.y; ++y) {
-      for (unsigned int x = 0; x < grid.x; ++x) {
-        block_index = {x, y, z};
-        run_block();
+  failure.clear();
+  try {
+    check_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
+    for (unsigned int z = 0; z < grid.z; ++z) {
+      for (unsigned int y = 0; y < grid.y; ++y) {
+        for (unsigned int x = 0; x < grid.x; ++x) {
+          block_index = {x, y, z};
+          run_block();
+        }
       }
     }
+  } catch (const Failed&) {
+    std::fprintf(stderr, "host shim: %s\n", failure.c_str());
   }
 }
 
@@ -175,8 +278,10 @@ T shuffle(T value, int source_lane) {
 #define gridDim (::u4d::host_shim::grid_size)
 
 #define U4D_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  (static_cast<void>(stream), static_cast<void>(shared_bytes),     \
-   ::u4d::host_shim::launch(kernel, (grid), (block), __VA_ARGS__))
+  (static_cast<void>(stream),                                      \
+   ::u4d::host_shim::launch(kernel, (grid), (block), static_cast<int>(shared_bytes), __VA_ARGS__))
+
+#define U4D_DYNAMIC_SHARED(name) unsigned char* name = ::u4d::host_shim::dynamic_shared
 
 inline void __syncthreads() { u4d::host_shim::wait(u4d::host_shim::Waiting::kBlock); }
 inline void __syncwarp(unsigned int = 0xffffffffu) { u4d::host_shim::wait(u4d::host_shim::Waiting::kWarp); }
@@ -219,9 +324,14 @@ using std::min;
 
 namespace u4d {
 
-inline Status launch_status() { return kOk; }
+inline Status launch_status() { return host_shim::failure.empty() ? kOk : host_shim::kShimFailure; }
 
 }  // namespace u4d
+
+// Why the last launch failed; empty where it did not.
+extern "C" __attribute__((visibility("default"), used, weak)) const char* u4d_shim_failure() {
+  return u4d::host_shim::failure.c_str();
+}
 
 // The tests choose the order in which the threads of a block run.
 extern "C" __attribute__((visibility("default"), used, weak)) void u4d_shim_last_thread_first(int value) {

@@ -66,6 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling(parser)
     parser.add_argument(
+        "--halving",
+        action="store_true",
+        help="with --candidates: give up three of four between steps, by their one-step estimates (16 -> 4 -> 1): "
+        "about a quarter of the time, and not always the very best (docs/tiny.md)",
+    )
+    parser.add_argument(
         "--frames",
         type=whole_number(1),
         metavar="N",
@@ -100,6 +106,7 @@ def run(args: argparse.Namespace) -> None:
         steps=args.steps,
         guidance=args.guidance,
         candidates=args.candidates,
+        halving=args.halving,
         seed=args.seed,
         frames=args.frames,
         window=args.window,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from u4d.scene import Scene
 
 MOST_WINDOWS = 12  # that are printed
-STAGES = ("load", "prepare", "denoise", "decode", "search", "compare", "save")
+STAGES = ("load", "prepare", "denoise", "rank", "decode", "search", "compare", "save")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Job:
     steps: int | None = None
     guidance: float | None = None
     candidates: int = 1
+    halving: bool = False
     seed: int = 0
     frames: int | None = None
     window: int | None = None
@@ -121,6 +122,7 @@ def run_pipeline(pipe: Pipeline, job: Job, clip: Clip) -> Scene:
             steps=job.steps or steps,
             guidance=guidance if job.guidance is None else job.guidance,
             candidates=job.candidates,
+            halving=job.halving,
             seed=job.seed,
             prompt=job.prompt,
             original_size=job.original_size,
@@ -172,6 +174,8 @@ def closing(result: Scene, job: Job, clip: Clip, seconds: dict[str, float], eval
     parts = [format_facts(result_facts(result, job, seconds))]
     if "windows" in result.report:
         parts.append(format_windows(result))
+    if "halving" in result.report:
+        parts.append(format_halving(result))
     if len(result.report["errors"]) > 1:
         parts.append(format_candidates(result))
     if evaluation is not None:
@@ -210,9 +214,18 @@ def format_candidates(result: Scene) -> str:
     """Every candidate's reprojection error and overlap, and which one was kept."""
     report = result.report
     table = [["candidate", "reprojection error", "overlap", ""]]
-    for k, error in enumerate(report["errors"]):
-        overlap = f"{report['overlap'][k]:.0%}" if report["overlap"] else "-"
-        table.append([str(k), f"{error:.4f}", overlap, "kept" if k == report["best"] else ""])
+    for place, (number, error) in enumerate(zip(report["finished"], report["errors"], strict=True)):
+        overlap = f"{report['overlap'][place]:.0%}" if report["overlap"] else "-"
+        table.append([str(number), f"{error:.4f}", overlap, "kept" if number == report["best"] else ""])
+    return format_table(table)
+
+
+def format_halving(result: Scene) -> str:
+    """Which candidates went on after each cut, and the range of their one-step errors beside all that were compared."""
+    table = [["after step", "candidates", "error of one-step estimates", "went on"]]
+    for cut in result.report["halving"]:
+        errors = f"{min(cut['errors']):.4f} to {max(cut['errors']):.4f}"
+        table.append([str(cut["after"]), str(len(cut["candidates"])), errors, ", ".join(map(str, cut["kept"]))])
     return format_table(table)
 
 
@@ -228,7 +241,7 @@ def format_windows(result: Scene) -> str:
             [
                 str(k),
                 "{} to {}".format(*window["frames"]),
-                f"{window['best']} of {len(window['errors'])}",
+                f"{window['best']} of {window['drawn']}",
                 f"{agreement['reprojection_error']:.4f}",
                 f"{agreement['overlap']:.0%}",
                 "-" if off is None else f"{1 / off['scale'] - 1:+.1%}",

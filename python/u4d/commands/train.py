@@ -106,13 +106,13 @@ def run(args: argparse.Namespace) -> None:
     """Train, or do what was asked for instead."""
     check_combination(args)
     if args.plot is not None:
-        from u4d.train.plot import plot_run
+        from u4d.train.watch.plot import plot_run
 
         say(f"curves: {plot_run(existing(args.plot, '--plot'), args.out)}")
     elif args.export is not None:
         export(args)
     elif args.plan:
-        from u4d.train.plan import format_plan, plan_training
+        from u4d.train.cost.plan import format_plan, plan_training
 
         say(format_plan(plan_training(chosen_recipe(args), args.gpus or 1)))
     else:
@@ -179,7 +179,7 @@ def export(args: argparse.Namespace) -> None:
     from u4d.commands.console import quiet_libraries
 
     with quiet_libraries():
-        from u4d.train.consolidate import consolidate
+        from u4d.train.state.consolidate import consolidate
 
         result = consolidate(existing(args.export, "--export"), args.out, average=not args.raw, step=args.step)
     say(f"written: {result}\nnext: u4d info {result}")

@@ -59,7 +59,7 @@ def flow_features(latents: Tensor, grey_single: Tensor, grey_group: Tensor) -> T
     if frames == 1:
         return latents.new_zeros(batch, 1, FEATURES, height, width)
     latents = torch.cat((latents, torch.ones_like(latents[:, :1])), dim=1)
-    single = torch.einsum("pc,bcfhw->bfphw", grey_single, latents[:, :, [0, -1]])
+    single = torch.einsum("pc,bcfhw->bfphw", grey_single, torch.cat((latents[:, :, :1], latents[:, :, -1:]), dim=2))
     group = torch.einsum("pc,bcfhw->bfphw", grey_group, latents[:, :, 1:-1])
     first, last = pixel_shuffle(single, CELL).unbind(1)  # [B,1,H,W]
     middle = pixel_shuffle(group, CELL).flatten(1, 2)  # [B,4(F-2),H,W]
@@ -69,7 +69,7 @@ def flow_features(latents: Tensor, grey_single: Tensor, grey_group: Tensor) -> T
         tensor = structure_tensor(avg_pool2d(clip, level), CELL // level)
         inner = tensor[:, :-1].unflatten(1, (-1, FRAMES_PER_GROUP)).sum(2)
         flow = solve_flow(torch.cat((inner, tensor[:, -1:]), dim=1))
-        flows.append(flow * flow.new_tensor([level, level, 1.0])[:, None, None])
+        flows.append(torch.cat((flow[:, :, :2] * level, flow[:, :, 2:]), dim=2))
     features = torch.cat(flows, dim=2)
     return torch.cat((torch.zeros_like(features[:, :1]), features), dim=1)
 

@@ -25,10 +25,3 @@ def rotary_table(frames: int, rows: int, columns: int, head_dim: int, device: to
         angles.append(angle.view(*view).expand(frames, rows, columns, -1))
     joint = torch.cat(angles, dim=-1).flatten(0, 2)
     return joint.cos().float(), joint.sin().float()
-
-
-def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply the rotary table `[T,d/2]` to `[S,B,T,heads,d]`; neighbouring channels form a pair."""
-    cos, sin = (part[:, None] for part in table)
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)

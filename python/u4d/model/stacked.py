@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+import u4d_fast
+
 
 class StackedLinear(nn.Module):
     """One linear layer per stream: weight `[S,out,in]`, bias `[S,out]`."""
@@ -26,6 +28,10 @@ class StackedLinear(nn.Module):
         flat = x.flatten(1, -2)
         return torch.baddbmm(self.bias[:, None], flat, self.weight.transpose(1, 2)).unflatten(1, x.shape[1:-1])
 
+    def product(self, x: Tensor) -> Tensor:
+        """The same without the bias, for whoever adds it together with what comes next."""
+        return torch.bmm(x.flatten(1, -2), self.weight.transpose(1, 2)).unflatten(1, x.shape[1:-1])
+
 
 class StackedRMSNorm(nn.Module):
     """RMS norm over the full width, one scale per stream, as Wan's `rms_norm_across_heads`."""
@@ -36,9 +42,8 @@ class StackedRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[S,B,T,D]` -> same shape and dtype; the statistics are float32."""
-        inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return (x * inverse * self.weight[:, None, None]).type_as(x)
+        """`[S,B,T,D]` -> same shape and dtype; computed in float32."""
+        return u4d_fast.rms_norm(x, self.weight, self.eps)
 
 
 class StackedLayerNorm(nn.Module):
@@ -52,10 +57,12 @@ class StackedLayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[S,B,T,D]` -> same shape and dtype."""
-        normed = layer_norm(x, self.eps)
-        return (normed * self.weight[:, None, None] + self.bias[:, None, None]).type_as(x)
+        return u4d_fast.ada_layer_norm(x, *self.tables(x[:, :, :1]), self.eps)
 
+    def tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale as an adaptive layer norm takes them: the same for all clips and latent frames of `like`.
 
-def layer_norm(x: Tensor, eps: float) -> Tensor:
-    """Layer norm without affine parameters, in float32."""
-    return nn.functional.layer_norm(x.float(), x.shape[-1:], eps=eps)
+        like `[S,B,F,D]`; both are views that broadcast.
+        """
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        return self.bias[:, None, None].expand_as(like), (weight - 1)[:, None, None].expand_as(like)

@@ -20,10 +20,11 @@ from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 import u4d_fast
 from u4d.diffusion.flow import LATENT_CHANNELS, STREAMS
 from u4d.model.motion import MotionFeatures
-from u4d.model.rotary import rotary_table, rotate
-from u4d.model.stacked import StackedLayerNorm, StackedLinear, StackedRMSNorm, layer_norm
+from u4d.model.rotary import rotary_table
+from u4d.model.stacked import StackedLayerNorm, StackedLinear, StackedRMSNorm
 from u4d.model.text import Prompt, TextKeys, collapse_padding, split_log
 from u4d.presets import TransformerConfig, read_config
+from u4d_fast.backend import SINGLE_AND_HALF, resolve
 
 PATCH = 2
 EPS = 1e-6
@@ -68,15 +69,19 @@ class Transformer(ModelMixin, ConfigMixin):
         return cls(read_config(TransformerConfig, {**config, **overrides}))
 
     def forward(
-        self, latents: Tensor, times: Tensor, text: Tensor | TextKeys | None = None, group_mask: Tensor | None = None
+        self,
+        latents: Tensor,
+        times: Tensor,
+        text: Tensor | Prompt | TextKeys | None = None,
+        group_mask: Tensor | None = None,
     ) -> Tensor:
         """Predict the velocity `noise - clean`.
 
         Args:
             latents: `[B,4,16,F,h,w]` normalised latents; h and w even.
             times: `[B,4,F]` noise level of every group in [0,1]; 0 is clean.
-            text: `[B,T,text_dim]` prompt embeddings, what `text_keys` made of them (better where the same prompt is
-                used more than once), or None for the checkpoint's null text.
+            text: `[B,T,text_dim]` prompt embeddings, a `Prompt` of them with its padding collapsed, what `text_keys`
+                made of them (better where the same prompt is used more than once), or None for the null text.
             group_mask: bool `[B,4F]` (which groups exist as keys) or `[B,4F,4F]` (which query group sees which key
                 group), groups ordered stream by stream; better on the CPU, see `u4d_fast.multi_stream_attention`.
         Returns:
@@ -102,7 +107,7 @@ class Transformer(ModelMixin, ConfigMixin):
             else:
                 x = block(x, modulation, keys, text.bias, table, group_mask)
         shift, scale = (self.scale_shift_table[:, None] + time[..., None, :]).unbind(-2)
-        x = self.proj_out(modulate(x, shift, scale, EPS))
+        x = self.proj_out(u4d_fast.ada_layer_norm(x, shift, scale, EPS))
         patches = x.reshape(len(STREAMS), batch, frames, rows, columns, PATCH, PATCH, -1)
         return patches.permute(1, 0, 7, 2, 3, 5, 4, 6).reshape(latents.shape)
 
@@ -117,9 +122,9 @@ class Transformer(ModelMixin, ConfigMixin):
         blocks = [block for block in self.blocks if isinstance(block, Block)]
         return TextKeys(tuple(block.attn2.keys_of(embedded) for block in blocks), prompt.bias)
 
-    def embedded_text(self, text: Tensor | None) -> TextKeys:
-        """The same for a prompt that is used once: every block makes its keys when it runs, padding stays."""
-        prompt = self.null_prompt() if text is None else Prompt(text)
+    def embedded_text(self, text: Tensor | Prompt | None) -> TextKeys:
+        """The same for a prompt that is used once: every block makes its keys when it runs, padding stays as it is."""
+        prompt = self.null_prompt() if text is None else text if isinstance(text, Prompt) else Prompt(text)
         embedded = self.condition_embedder.embed_text(prompt.embeddings)
         return TextKeys((embedded,) * len(self.blocks), prompt.bias)
 
@@ -137,13 +142,14 @@ class Transformer(ModelMixin, ConfigMixin):
         embedding = self.patch_embedding.weight.permute(0, 1, 3, 4, 5, 2).flatten(2)
         self.proj_out.weight.copy_(torch.linalg.pinv(embedding.float()))
 
-    def _check(self, latents: Tensor, times: Tensor, text: Tensor | TextKeys | None) -> None:
+    def _check(self, latents: Tensor, times: Tensor, text: Tensor | Prompt | TextKeys | None) -> None:
         channels, text_dim = LATENT_CHANNELS, self.config.text_dim
         shape = tuple(latents.shape)
         if len(shape) != 6 or shape[1:3] != (len(STREAMS), channels) or shape[4] % PATCH or shape[5] % PATCH:
             raise ValueError(f"latents: expected [B,4,{channels},F,h,w] with even h and w, got {list(shape)}")
         if tuple(times.shape) != (shape[0], shape[1], shape[3]):
             raise ValueError(f"times: expected [B,4,F] = {[shape[0], 4, shape[3]]}, got {list(times.shape)}")
+        text = text.embeddings if isinstance(text, Prompt) else text
         if isinstance(text, Tensor) and (text.ndim != 3 or text.shape[0] != shape[0] or text.shape[2] != text_dim):
             raise ValueError(f"text: expected [B,T,{text_dim}] with B = {shape[0]}, got {list(text.shape)}")
         if isinstance(text, TextKeys) and len(text.blocks) != len(self.blocks):
@@ -249,13 +255,24 @@ class Block(nn.Module):
         group_mask: Tensor | None,
     ) -> Tensor:
         """`[S,B,T,D]` -> `[S,B,T,D]`; modulation `[S,B,F,6,D]`; text `[S,B,L,D]` or this block's keys of it."""
+        # Tables `[S,B,F,D]` per (stream, clip, latent frame): never expanded to tokens.
         parts = (self.scale_shift_table[:, None] + modulation.float()).unbind(-2)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
-        frames = modulation.shape[2]
-        x = gated(x, self.attn1.over_streams(modulate(x, shift, scale, self.eps), table, frames, group_mask), gate)
+        normed = u4d_fast.ada_layer_norm(x, shift, scale, self.eps)
+        update = self.attn1.over_streams(normed, table, modulation.shape[2], group_mask)
         keys = self.attn2.keys_of(text) if isinstance(text, Tensor) else text
-        x = x + self.attn2.to_text(self.norm2(x), keys, text_bias)
-        return gated(x, self.ffn(modulate(x, ffn_shift, ffn_scale, self.eps)), ffn_gate)
+        if keys[0].shape[2] == 1:  # softmax over one key is 1: neither queries nor their norm are needed
+            x = u4d_fast.gated_residual(x, update, gate) + self.attn2.to_out[0](keys[1])
+            normed = u4d_fast.ada_layer_norm(x, ffn_shift, ffn_scale, self.eps)
+        else:
+            x, normed = u4d_fast.gated_residual_norm(x, update, gate, *self.norm2.tables(gate), self.eps)
+            update = self.attn2.to_text(normed, keys, text_bias)
+            open_gate = torch.ones_like(gate[:, :1, :1]).expand_as(gate)
+            x, normed = u4d_fast.gated_residual_norm(x, update, open_gate, ffn_shift, ffn_scale, self.eps)
+        del update  # memory: the feed-forward is where a block takes most
+        update = self.ffn(normed)
+        del normed
+        return u4d_fast.gated_residual(x, update, ffn_gate)
 
 
 class Attention(nn.Module):
@@ -274,10 +291,9 @@ class Attention(nn.Module):
     def over_streams(self, x: Tensor, table: tuple[Tensor, Tensor], frames: int, group_mask: Tensor | None) -> Tensor:
         """Every token of every stream attends to every other: `[S,B,T,D]` -> `[S,B,T,D]`."""
         streams, _, tokens, _ = x.shape
-        q = rotate(self.norm_q(self.to_q(x)).unflatten(-1, (self.heads, -1)), table)
-        k = rotate(self.norm_k(self.to_k(x)).unflatten(-1, (self.heads, -1)), table)
-        v = self.to_v(x).unflatten(-1, (self.heads, -1))
-        q, k, v = (part.transpose(0, 1).flatten(1, 2) for part in (q, k, v))
+        q = u4d_fast.qk_norm_rope(self.to_q(x), self.norm_q.weight, *table, self.heads, self.norm_q.eps)
+        k = u4d_fast.qk_norm_rope(self.to_k(x), self.norm_k.weight, *table, self.heads, self.norm_k.eps)
+        v = self.to_v(x).transpose(0, 1).flatten(1, 2).unflatten(-1, (self.heads, -1))
         attended = u4d_fast.multi_stream_attention(q, k, v, tokens // frames, group_mask)
         return self.to_out[0](attended.unflatten(1, (streams, tokens)).transpose(0, 1).flatten(-2))
 
@@ -287,11 +303,8 @@ class Attention(nn.Module):
 
     def to_text(self, x: Tensor, keys: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
         """Every token attends to its stream's text tokens: `[S,B,T,D]`, keys of `keys_of`, bias `[B,L]`."""
-        key, value = keys
-        if key.shape[2] == 1:  # softmax over one key is 1: no query is needed
-            return self.to_out[0](value)
         q = self.norm_q(self.to_q(x))
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(2, 3) for part in (q, key, value))
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(2, 3) for part in (q, *keys))
         k, v = (part.expand(*q.shape[:3], *part.shape[3:]).flatten(0, 1) for part in (k, v))
         if bias is not None:
             bias = bias.type_as(q).expand(*x.shape[:2], -1).flatten(0, 1)[:, None, None]
@@ -320,23 +333,10 @@ class GELUProjection(nn.Module):
         self.proj = StackedLinear(streams, in_features, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.proj(x)
         if torch.is_grad_enabled():
-            return gelu(hidden, approximate="tanh")
-        # In place: the hidden layer is the largest tensor of the model, and nobody needs it without the GELU.
-        return torch.ops.aten.gelu_(hidden, approximate="tanh")
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Layer norm, then scale and shift per (stream, clip, latent frame).
-
-    x `[S,B,F*P,D]`; shift, scale `[S,B,F,D]`, broadcast over a frame's patches and never expanded.
-    """
-    by_frame = layer_norm(x, eps).unflatten(2, (shift.shape[2], -1))
-    return (by_frame * (1 + scale[..., None, :]) + shift[..., None, :]).flatten(2, 3).type_as(x)
-
-
-def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """Residual update with a gate `[S,B,F,D]` per (stream, clip, latent frame)."""
-    scaled = update.float().unflatten(2, (gate.shape[2], -1)) * gate[..., None, :]
-    return (x.float() + scaled.flatten(2, 3)).type_as(x)
+            return gelu(self.proj(x), approximate="tanh")
+        # In place: the hidden layer is the largest tensor of the model, and nobody needs it without the GELU. Without
+        # a kernel bias_gelu would store it in float32; adapters come after the bias.
+        if type(self.proj) is StackedLinear and resolve("bias_gelu", "auto", x, dtypes=SINGLE_AND_HALF) != "reference":
+            return u4d_fast.bias_gelu(self.proj.product(x), self.proj.bias, inplace=True)
+        return torch.ops.aten.gelu_(self.proj(x), approximate="tanh")

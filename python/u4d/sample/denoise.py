@@ -12,13 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from u4d.diffusion.flow import channel_mask
-from u4d.diffusion.unipc import UniPCTable, unipc_start, unipc_step
-
-Velocity = Callable[[Tensor, Tensor], Tensor]
-"""(latents [B,4,16,F,h,w], times [B,4,F]) -> velocity like the latents."""
+from u4d.diffusion.unipc import UniPCState, UniPCTable, unipc_start
+from u4d.sample.captured import Denoiser
+from u4d.sample.step import Conditions, Velocity, conditions
 
 DEFAULT_GUIDANCE = 2.0
+
+__all__ = ["DEFAULT_GUIDANCE", "Velocity", "checked_groups", "clean_estimate", "denoise", "result_of"]
 
 
 @torch.no_grad()
@@ -31,6 +31,7 @@ def denoise(
     noise: Tensor,
     guidance: float = DEFAULT_GUIDANCE,
     progress: Callable[[int, int], None] | None = None,
+    capture: bool | None = None,
 ) -> Tensor:
     """Complete the unobserved groups.
 
@@ -40,56 +41,54 @@ def denoise(
         observed_latents: [B,4,16,F,h,w], normalised clean latents; where unobserved anything, NaN included.
         observed: [4,F] or [B,4,F] bool.
         table: from `unipc_table`; its length is the number of steps.
-        noise: like observed_latents, from `draw_noise`. In the observed groups it is what v_0 sees, so it is the same
-            in every step and a candidate's result depends on its noise alone.
+        noise: like observed_latents, float32 or float64, from `draw_noise`. In the observed groups it is what v_0
+            sees, so it is the same in every step and a candidate's result depends on its noise alone.
         guidance: w; 1 is no guidance (one forward per step instead of two), 0 ignores what is observed.
         progress: called as progress(steps done, steps in all) after every step.
+        capture: whether steps run as a recorded CUDA graph (captured.py). None: on a GPU, where nothing prevents it.
     Returns:
         [B,4,16,F,h,w] in the noise's dtype; the observed groups are observed_latents, bit for bit.
     Raises:
-        ValueError: shapes disagree, or guidance is not finite.
+        ValueError: shapes disagree, guidance is not finite, or the noise has another dtype.
+        CaptureError: capture was asked for and can't be had.
     """
-    observed = _check(observed_latents, observed, noise, guidance)
-    observed_cells = observed[:, :, None, :, None, None]
-    alive = channel_mask(noise.device, noise.dtype)[None, :, :, None, None, None]
+    observed = checked_groups(observed_latents, observed, noise, guidance)
     if bool(observed.all()):
         return observed_latents.to(noise)
-    guided = guidance != 1 and bool(observed.any())
+    given = conditions(velocity, observed_latents, observed, table, like=noise, guidance=guidance)
+    denoiser = Denoiser(given, noise, capture=capture)
 
-    def clamp(latents: Tensor, held: Tensor) -> Tensor:
-        return torch.where(observed_cells, held, latents)
-
-    held = observed_latents.to(noise)
-    state = unipc_start(noise * alive, table)
-    for step in range(table.steps):
-        time = float(table.times[step])
-        latents, times = clamp(state.sample, held), _times(observed, time, at_observed=0.0)
-        if guided:
-            blind, blind_times = clamp(state.sample, noise * alive), _times(observed, time, at_observed=1.0)
-            answer = velocity(torch.cat([latents, blind]), torch.cat([times, blind_times])).to(noise.dtype)
-            with_history, without = answer.chunk(2)
-            answer = without + guidance * (with_history - without)
-        else:
-            answer = velocity(latents, times).to(noise.dtype)
-        state = unipc_step(state, clamp(answer * alive, torch.zeros_like(held)), table, step)
+    def tell(step: int) -> None:
         if progress is not None:
             progress(step + 1, table.steps)
-    return clamp(state.sample, held)
+
+    denoiser.run(noise, unipc_start(noise * given.alive, table), 0, table.steps, None if progress is None else tell)
+    return result_of(given, denoiser.state)
 
 
-def _times(observed: Tensor, time: float, *, at_observed: float) -> Tensor:
-    """[B,4,F] float32: `time`, but `at_observed` in the observed groups."""
-    times = torch.full(observed.shape, time, device=observed.device)
-    return times.masked_fill(observed, at_observed)
+def result_of(given: Conditions, state: UniPCState) -> Tensor:
+    """The completed latents, after the last step."""
+    return torch.where(given.cells, given.held, state.sample)
 
 
-def _check(observed_latents: Tensor, observed: Tensor, noise: Tensor, guidance: float) -> Tensor:
-    """[B,4,F] bool, once the shapes are known to agree."""
+def clean_estimate(given: Conditions, state: UniPCState) -> Tensor:
+    """What the result would be by the last answer of the model alone: z_0 = z_t - t v. The model is not asked again."""
+    return torch.where(given.cells, given.held, state.clean[0])
+
+
+def checked_groups(observed_latents: Tensor, observed: Tensor, noise: Tensor, guidance: float) -> Tensor:
+    """`observed` as [B,4,F] bool beside the noise, once the shapes are known to agree.
+
+    Raises:
+        ValueError: see `denoise`.
+    """
     if noise.ndim != 6 or observed_latents.shape != noise.shape:
         raise ValueError(
             f"observed_latents: expected [B,4,16,F,h,w] like noise {list(noise.shape)}, "
             f"got {list(observed_latents.shape)}"
         )
+    if noise.dtype not in (torch.float32, torch.float64):  # a step's weights have its dtype
+        raise ValueError(f"noise: expected float32 or float64, got {noise.dtype}")
     groups = [noise.shape[0], noise.shape[1], noise.shape[3]]
     if observed.dtype != torch.bool or list(observed.shape) not in (groups, groups[1:]):
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from u4d.sample.candidates import Drawn
 from u4d.sample.given import Given
 from u4d.sample.search import CandidateScores, candidate_spread
 
@@ -25,13 +26,24 @@ def describe(given: Given) -> dict[str, Any]:
     }
 
 
-def describe_search(scores: CandidateScores, depth: Tensor, best: int) -> dict[str, Any]:
-    """Every candidate's error and mean overlap, which one was kept, and how far their depths `[L,N,H,W]` differ."""
+def describe_search(scores: CandidateScores, depth: Tensor, best: int, drawn: Drawn) -> dict[str, Any]:
+    """Which candidate was kept, the errors and overlaps of those that were finished, how far their depths `[K,N,H,W]`
+    differ, and what was given up on the way.
+
+    Args:
+        scores: of the finished ones.
+        depth: of the same.
+        best: place of the one that was kept.
+        drawn: all about them.
+    """
     found: dict[str, Any] = {
-        "best": best,
+        "best": drawn.numbers[best],
+        "finished": drawn.numbers,
         "errors": scores.error.tolist(),
         "overlap": scores.overlap.mean(-1).tolist() if scores.overlap.shape[-1] else [],
     }
+    if drawn.rounds:
+        found["halving"] = [part.facts() for part in drawn.rounds]
     return found if len(depth) == 1 else found | {"depth_spread": candidate_spread(depth).cpu()}
 
 

@@ -12,7 +12,10 @@ from u4d.sample.search import score_candidates
 from u4d.sample.window_plan import Window
 from u4d.scene import Scene
 
-OF_A_WINDOW = ("observe", "seed", "best", "errors", "overlap", "consistency", "notes", "timings_s")
+OF_A_WINDOW = (
+    *("observe", "seed", "drawn", "best", "finished", "errors", "overlap", "halving"),
+    *("consistency", "notes", "sampler", "timings_s"),
+)
 
 
 def window_entry(window: Window, fresh: Scene, off: Similarity | None) -> dict[str, Any]:
@@ -23,7 +26,7 @@ def window_entry(window: Window, fresh: Scene, off: Similarity | None) -> dict[s
     return {
         "frames": [window.start, window.stop - 1],
         "adds_from": window.start + window.kept,
-        **{key: fresh.report[key] for key in OF_A_WINDOW},
+        **{key: fresh.report[key] for key in OF_A_WINDOW if key in fresh.report},
         "offset": None if off is None else off.facts,
     }
 
@@ -54,7 +57,9 @@ def joint_report(
         **{key: first.report[key] for key in ("steps", "guidance")},
         "seed": seed,
         "timings_s": dict(seconds),
+        "drawn": 1,
         "best": 0,
+        "finished": [0],
         "errors": [error],
         "overlap": [overlap],
         "consistency": {

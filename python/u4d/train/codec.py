@@ -18,8 +18,8 @@ from u4d.model.codec import CELL, IMAGE_CHANNELS, TinyCodec, coder_name
 from u4d.model.latents import Codec, Statistics, encode_streams
 from u4d.model.motion import MotionFeatures
 from u4d.model.streams import Streams, observed_scale, to_streams
+from u4d.train.data.sources import render_window
 from u4d.train.recipe import Recipe
-from u4d.train.sources import render_window
 from u4d_fast.time_layout import FRAMES_PER_GROUP, frame_groups
 
 GREY = torch.tensor([0.299, 0.587, 0.114])

@@ -16,19 +16,20 @@ from u4d.model.lora_folder import save_lora
 from u4d.model.transformer import Transformer
 from u4d.model.wan_codec import as_codec
 from u4d.train.activations import compile_blocks, efficient_attention, keep_activations
-from u4d.train.clips import ClipCounter, batches, one_ahead
 from u4d.train.codec import channel_weights
-from u4d.train.finite import require_finite
-from u4d.train.plan import step_flops
+from u4d.train.cost.flops import step_flops
+from u4d.train.data.captions import Captions, prepare_captions
+from u4d.train.data.clips import ClipCounter, batches, one_ahead
+from u4d.train.data.samples import Samples, TrainingClips, draw_samples, places_of
+from u4d.train.data.sources import Sources, open_sources
 from u4d.train.recipe import Optim, Recipe
-from u4d.train.samples import Samples, TrainingClips, draw_samples, places_of
 from u4d.train.shard import clip_gradients, full_state, shard, synchronise_gradients, update_average
-from u4d.train.sources import open_sources
 from u4d.train.start import Start, begin_run
-from u4d.train.state import Parts, States
+from u4d.train.state.states import Parts, States
 from u4d.train.step import micro_batch_loss
-from u4d.train.validate import validate
-from u4d.train.watch import StepRecord, Watch, peak_flops
+from u4d.train.watch.finite import require_finite
+from u4d.train.watch.validate import validate
+from u4d.train.watch.watch import StepRecord, Watch, peak_flops
 from u4d.train.world import World, start_world
 
 
@@ -55,14 +56,15 @@ def train(
     with start_world(device) as world:
         places, sources = places_of(recipe.batch, world), open_sources(recipe)
         begin = begin_run(recipe, out, world, progress)
+        captions = captions_of(begin, sources, world, progress)
         model, average = place_models(begin.model, recipe, world)
         codec, statistics = as_codec(begin.vae.to(world.device)), begin.statistics
         weights = channel_weights(codec, statistics).to(world.device)
         parts = Parts(model, average, make_optimizer(model, recipe.optim))
-        with States(out / "state", recipe.watch.keep, world, {"checkpoint": begin.digest}) as states:
+        with States(out / "state", recipe.watch.keep, world, identity(begin, captions)) as states:
             first, counter = states.restore(parts), ClipCounter(recipe.data.most_bad)
             clips = batches(recipe, sources, places, first, workers, counter)
-            drawn = samples_of(recipe, places, first, clips, world.device)
+            drawn = samples_of(recipe, places, first, clips, world.device, captions)
             with watch_run(recipe, out, world, first, progress) as watch:
                 for step in range(first, recipe.steps):
                     began = time.perf_counter()
@@ -96,11 +98,29 @@ def place_models(model: Transformer, recipe: Recipe, world: World) -> tuple[Tran
     return model, average
 
 
+def captions_of(begin: Start, sources: Sources, world: World, progress: bool) -> Captions | None:
+    """Embeddings of all captions of the sources, by the start checkpoint's encoder; None where there is nothing."""
+    config = begin.model.config
+    return prepare_captions(
+        sources.clips, begin.text_folder, config.text_length, config.text_dim, world, progress and world.main
+    )
+
+
+def identity(begin: Start, captions: Captions | None) -> dict[str, str]:
+    """What a run must have in common with the one that it goes on from, besides its recipe."""
+    return {"checkpoint": begin.digest, **({} if captions is None else {"text encoder": captions.encoder})}
+
+
 def samples_of(
-    recipe: Recipe, places: range, first: int, clips: Iterator[TrainingClips], device: torch.device
+    recipe: Recipe,
+    places: range,
+    first: int,
+    clips: Iterator[TrainingClips],
+    device: torch.device,
+    captions: Captions | None,
 ) -> Iterator[Samples]:
     """The samples of steps first, first + 1, ...; beside a GPU the next one's are drawn while it works."""
-    drawn = (draw_samples(recipe, step, places, batch, device) for step, batch in enumerate(clips, first))
+    drawn = (draw_samples(recipe, step, places, batch, device, captions) for step, batch in enumerate(clips, first))
     return one_ahead(drawn) if device.type == "cuda" else drawn
 
 
@@ -213,6 +233,6 @@ def save_result(recipe: Recipe, out: Path, begin: Start, average: Transformer, w
     if world.main and recipe.start is not None and trains_adapters(recipe):
         save_lora(average, folder, base=recipe.start.checkpoint)
     elif world.main:
-        save_checkpoint(folder, average, begin.vae, torch.bfloat16)
+        save_checkpoint(folder, average, begin.vae, torch.bfloat16, text_folder=begin.text_folder)
     world.wait()
     return folder

@@ -39,6 +39,7 @@ class Phase:
         target_floor: "uniform", or a number: the lowest noise level of a target (see `draw_times`).
         clean_context_prob: how often context is exactly clean.
         rgb_only: how often a clip's geometry is hidden, as if its data set had none.
+        null_text: how often a clip's caption is hidden, so that the model also knows to go without.
     """
 
     steps: int
@@ -47,6 +48,7 @@ class Phase:
     target_floor: str | float = "uniform"
     clean_context_prob: float = 0.5
     rgb_only: float = 0.0
+    null_text: float = 0.1
 
     def __post_init__(self) -> None:
         require_counts(self, 1, "steps")
@@ -59,7 +61,7 @@ class Phase:
         uniform = self.target_floor == "uniform"
         numeric = not isinstance(self.target_floor, str) and 0 <= self.target_floor <= 1
         require(uniform or numeric, "target_floor", '"uniform" or a number from 0 to 1', self.target_floor)
-        require_shares(self, "clean_context_prob", "rgb_only")
+        require_shares(self, "clean_context_prob", "rgb_only", "null_text")
 
 
 @dataclass(frozen=True)

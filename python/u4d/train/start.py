@@ -44,12 +44,14 @@ class Start:
         vae: a `TinyCodec` or Wan's VAE, in float32, not trained any more.
         statistics: the model's latent statistics.
         digest: of the checkpoint's weights, or "" for fresh ones: a run must go on from the very same.
+        text_folder: the checkpoint's folder, where it has a text encoder; it is read for captions and copied alone.
     """
 
     model: Transformer
     vae: ModelMixin
     statistics: Statistics
     digest: str = ""
+    text_folder: Path | None = None
 
     def whole_model(self, state: dict[str, Tensor]) -> Transformer:
         """A model of the same kind with these weights, which are not copied."""
@@ -122,7 +124,7 @@ def keep_statistics(measured: Statistics, out: Path) -> None:
 
 def kept_statistics(out: Path) -> dict[str, Any]:
     """The measured fields of the `Statistics` that a run began with."""
-    fields = json.loads((out / STATISTICS).read_text())
+    fields: dict[str, Any] = json.loads((out / STATISTICS).read_text())
     return fields | {name: torch.tensor(fields[name]) for name in ("mean", "std")}
 
 
@@ -146,7 +148,7 @@ def start_from_checkpoint(recipe: Recipe) -> Start:
     if rank is not None:
         torch.manual_seed(recipe.seed)
         add_lora(model, LoRAConfig(rank=rank, alpha=rank))
-    return Start(model, pipe.vae.float().eval().requires_grad_(False), pipe.statistics, digest)
+    return Start(model, pipe.vae.float().eval().requires_grad_(False), pipe.statistics, digest, pipe.text_folder)
 
 
 def require_codec(name: str, wanted: CodecConfig | None, found: ModelMixin) -> None:

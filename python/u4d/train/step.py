@@ -12,7 +12,8 @@ from u4d.diffusion.losses import FlowLoss, flow_matching_loss
 from u4d.model.latents import Codec, Statistics, encode_streams
 from u4d.model.streams import observed_scale, to_streams
 from u4d.model.transformer import Transformer
-from u4d.train.samples import DEPTH, Samples
+from u4d.train.data.captions import join_prompts
+from u4d.train.data.samples import DEPTH, Samples
 from u4d_fast.time_layout import frame_groups
 
 
@@ -27,7 +28,8 @@ def micro_batch_loss(
 ) -> FlowLoss:
     """Flow-matching loss of a part of the global batch; the parts' losses add up to the loss of the whole.
 
-    A stream that a clip does not have is pure noise at t = 1 for the model, and carries no loss.
+    A stream that a clip does not have is pure noise at t = 1 for the model, and carries no loss. A clip without words
+    has the null text.
 
     Args:
         model, codec: on the device of `channel_weights`.
@@ -41,9 +43,13 @@ def micro_batch_loss(
     clean = clean_latents(samples, codec, statistics, device)
     noise, times = samples.noise.to(device), samples.task.times.to(device)
     noisy = noisy_latents(clean, noise, times)
+    half = precision == "bf16"
+    text = join_prompts(
+        samples.texts, model.null_text, model.config.text_length, torch.bfloat16 if half else torch.float32
+    )
     # Each weight is used once: a cache of their bfloat16 copies would only hold memory that FSDP means to free.
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
-        velocity = model(noisy, times)
+    with torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+        velocity = model(noisy, times, text=text)
     supervised = samples.task.supervised.to(device)
     return flow_matching_loss(
         velocity, velocity_target(clean, noise), supervised, channel_weights, group_counts=group_counts
@@ -63,6 +69,9 @@ def clean_latents(samples: Samples, codec: Codec, statistics: Statistics, device
     known = replace(clips, depth=depth, cam_to_world=cam_to_world)
     scale = observed_scale(known, samples.task.context, frame_groups(samples.frames)).to(device)
     filled = torch.where(has_depth, depth, torch.ones_like(depth))
-    streams = to_streams(replace(known, depth=filled), scale, (rgb.shape[-2], rgb.shape[-1]))
+    # Half of the codec's work is depth's: it is spared where no clip has any.
+    any_depth = bool(samples.clips.available[:, DEPTH].any())
+    known = replace(known, depth=filled if any_depth else None)
+    streams = to_streams(known, scale, (rgb.shape[-2], rgb.shape[-1]))
     latents = encode_streams(streams, codec, statistics)
     return torch.where(available[:, :, None, None, None, None], latents, torch.zeros_like(latents))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from u4d.errors import UserError
+
+MAIN_SPEAKS_FIRST = 30.0  # seconds; on a busy machine it takes the main process long to end
 PATIENCE = timedelta(hours=2)  # of processes that wait while the main one trains a codec or writes a checkpoint
 
 
@@ -46,6 +50,7 @@ def start_world(device: str | torch.device) -> Iterator[World]:
     """The processes that `torchrun` has started, or this one alone; their group ends with the block.
 
     Under torchrun "cuda" means the GPU of the process's local rank; communication is NCCL's there, gloo's on the CPU.
+    A UserError that all processes raise is told by the main one alone.
     """
     kind = torch.device(device).type
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -57,5 +62,10 @@ def start_world(device: str | torch.device) -> Iterator[World]:
     dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield World(place, dist.get_rank(), dist.get_world_size())
+    except UserError:
+        # What one process refuses, most often all do. torchrun ends the others once the main one has told it.
+        if dist.get_rank() != 0:
+            time.sleep(MAIN_SPEAKS_FIRST)
+        raise
     finally:
         dist.destroy_process_group()

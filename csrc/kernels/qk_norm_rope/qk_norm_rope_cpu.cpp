@@ -1,0 +1,77 @@
+#include "kernels/qk_norm_rope/qk_norm_rope.h"
+
+#include "kernels/common/vectorise.h"
+#include "kernels/rms_norm/norm_rows.h"
+
+namespace u4d {
+namespace {
+
+using namespace norm_rows;
+
+// One head's channels; `inverse` is that of the whole row. GCC 12 does not vectorise it for float16: there it is 1.5
+// times as fast as eager torch and half as fast as torch.compile (one thread, AMD EPYC), against 10 to 20 and 2 to 5
+// times as fast for the other types.
+template <class T, class W>
+U4D_INLINE void rotate_head(const T* x, const W* weight, const float* cos, const float* sin, T* out, std::int64_t pairs,
+                            float inverse) {
+#pragma GCC ivdep
+  for (std::int64_t p = 0; p < pairs; ++p) {
+    const float even = to_float(x[2 * p]) * inverse * to_float(weight[2 * p]);
+    const float odd = to_float(x[2 * p + 1]) * inverse * to_float(weight[2 * p + 1]);
+    round_to(even * cos[p] - odd * sin[p], out[2 * p]);
+    round_to(even * sin[p] + odd * cos[p], out[2 * p + 1]);
+  }
+}
+
+template <class T, class W>
+U4D_INLINE void normalise_and_rotate(const T* row, const W* weight, const float* cos, const float* sin, T* out,
+                                     std::int64_t heads, std::int64_t head_dim, float eps) {
+  const float inverse = inverse_rms(row, heads * head_dim, eps);
+  for (std::int64_t first = 0; first < heads * head_dim; first += head_dim) {
+    rotate_head(row + first, weight + first, cos, sin, out + first, head_dim / 2, inverse);
+  }
+}
+
+// GCC clones no templates.
+#define U4D_QK_ROW(T, W)                                                                            \
+  U4D_CLONES void qk_row(const T* row, const W* weight, const float* cos, const float* sin, T* out, \
+                         std::int64_t heads, std::int64_t head_dim, float eps) {                    \
+    normalise_and_rotate(row, weight, cos, sin, out, heads, head_dim, eps);                         \
+  }
+U4D_QK_ROW(float, float)
+U4D_QK_ROW(Bfloat16, Bfloat16)
+U4D_QK_ROW(Bfloat16, float)
+U4D_QK_ROW(Float16, Float16)
+U4D_QK_ROW(Float16, float)
+#undef U4D_QK_ROW
+
+template <class T, class W>
+Status run(int num_threads, const T* x, const W* weight, const float* cos, const float* sin, T* out, const Sizes& sizes,
+           std::int64_t heads, std::int64_t head_dim, float eps) {
+  const std::int64_t pairs = head_dim / 2;
+#pragma omp parallel for num_threads(num_threads) if (sizes.rows() * sizes.width > 16384)
+  for (std::int64_t i = 0; i < sizes.rows(); ++i) {
+    const Row row = row_at(sizes, i);
+    qk_row(x + row.offset, weight + row.stream * sizes.width, cos + row.token * pairs, sin + row.token * pairs,
+           out + row.in_attention * sizes.width, heads, head_dim, eps);
+  }
+  return kOk;
+}
+
+}  // namespace
+
+Status qk_norm_rope_cpu(int num_threads, const void* x, const void* weight, const float* cos, const float* sin,
+                        void* out, std::int64_t dtype, std::int64_t weight_dtype, std::int64_t streams,
+                        std::int64_t batch, std::int64_t tokens, std::int64_t heads, std::int64_t head_dim,
+                        std::int64_t stream_stride, std::int64_t batch_stride, std::int64_t token_stride, double eps) {
+  const Sizes sizes{streams, batch, tokens, heads * head_dim, stream_stride, batch_stride, token_stride};
+  if (!sizes.valid() || heads < 1 || head_dim % 2 != 0) return kInvalidArgument;
+  return with_types(dtype, weight_dtype, [&](auto t, auto w) {
+    using T = decltype(t);
+    using W = decltype(w);
+    return run(num_threads, static_cast<const T*>(x), static_cast<const W*>(weight), cos, sin, static_cast<T*>(out),
+               sizes, heads, head_dim, static_cast<float>(eps));
+  });
+}
+
+}  // namespace u4d

@@ -1,0 +1,1 @@
+"""What a run costs: memory, FLOPs, and the time they take."""

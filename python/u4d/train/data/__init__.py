@@ -1,0 +1,1 @@
+"""Clips for training: where they come from, which one each place uses, and what is drawn for it."""

@@ -1,0 +1,16 @@
+"""A gated residual update and the adaptive layer norm of its result, in plain torch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from u4d_fast.reference.ada_layer_norm import ada_layer_norm
+from u4d_fast.reference.gated_residual import gated_residual
+
+
+def gated_residual_norm(
+    x: Tensor, update: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Specification of `u4d_fast.gated_residual_norm`: same arguments and results, any floating dtype."""
+    x_new = gated_residual(x, update, gate)
+    return x_new, ada_layer_norm(x_new, shift, scale, eps)
