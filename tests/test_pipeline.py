@@ -10,7 +10,8 @@ import torch
 
 import u4d
 from u4d.errors import UserError
-from u4d.geometry.cameras import rotation_angle_rad
+from u4d.geometry.cameras import relative_to_first, rotation_angle_rad
+from u4d.geometry.smoothing import smooth_path
 from u4d.sample.captured import CaptureError
 from u4d.sample.observation import parse_observation
 
@@ -249,6 +250,22 @@ def test_a_checkpoint_recommends_settings_for_known_video_only(pipe: u4d.Pipelin
     own = u4d.Pipeline.from_pretrained(tmp_path / "own")
     assert own.recommended(parse_observation("rgb:all,camera:0", 6)) == (3, 1.5)
     assert own.recommended(parse_observation("rgb:0,-1", 6)) == (40, 2.0)
+
+
+def test_predicted_paths_are_smoothed_as_the_checkpoint_recommends(
+    pipe: u4d.Pipeline, scene: u4d.Scene, tmp_path: Path
+) -> None:
+    u4d.Pipeline(pipe.transformer, pipe.vae, pipe.scheduler, camera_smoothing=2.0).save_pretrained(tmp_path / "own")
+    own = u4d.Pipeline.from_pretrained(tmp_path / "own")
+    plain, smooth = pipe.complete(scene, steps=1), own.complete(scene, steps=1)
+    assert (plain.report["camera_smoothing"], smooth.report["camera_smoothing"]) == (0, 2)
+    expected = relative_to_first(smooth_path(plain.cam_to_world, 2.0))
+    torch.testing.assert_close(smooth.cam_to_world, expected, rtol=0, atol=1e-4)
+    assert (plain.cam_to_world - expected).abs().max() > 1e-2
+    assert torch.equal(own.complete(scene, steps=1, camera_smoothing=0).cam_to_world, plain.cam_to_world)
+    held = own.complete(scene, observe="rgb:all,camera:0", steps=1)
+    assert held.report["camera_smoothing"] == 0
+    assert torch.equal(held.cam_to_world, pipe.complete(scene, observe="rgb:all,camera:0", steps=1).cam_to_world)
 
 
 def test_one_observed_lens_is_the_lens_of_the_clip(pipe: u4d.Pipeline, scene: u4d.Scene) -> None:

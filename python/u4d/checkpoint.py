@@ -42,7 +42,7 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")  # weights, configurations, tokenizers
 INDEX = "model_index.json"
 MARKER = "transformer/config.json"  # by which an older checkpoint is known, a transformer alone too
-SETTINGS = ("dense_steps", "dense_guidance")  # plain values beside the components
+SETTINGS = ("dense_steps", "dense_guidance", "camera_smoothing")  # plain values beside the components
 REQUIRED = ("transformer", "vae", "scheduler")
 TEXT_PARTS = ("text_encoder", "tokenizer")
 

@@ -53,7 +53,8 @@ class Pipeline(DiffusionPipeline):
 
     Components are those of a diffusers folder: `transformer`, `vae` (a `TinyCodec` or Wan's `AutoencoderKLWan`),
     `scheduler`, and with text also `text_encoder` and `tokenizer`, which stay on disk until a prompt asks for them.
-    `dense_steps` and `dense_guidance` are what the checkpoint recommends where all RGB is observed.
+    `dense_steps` and `dense_guidance` are what the checkpoint recommends where all RGB is observed, and
+    `camera_smoothing` (frames) where no camera is.
     """
 
     _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
@@ -71,9 +72,12 @@ class Pipeline(DiffusionPipeline):
         tokenizer: Any = None,
         dense_steps: int = DEFAULT_STEPS,
         dense_guidance: float = DEFAULT_GUIDANCE,
+        camera_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        self.register_to_config(dense_steps=dense_steps, dense_guidance=dense_guidance)
+        self.register_to_config(
+            dense_steps=dense_steps, dense_guidance=dense_guidance, camera_smoothing=camera_smoothing
+        )
         self.register_modules(
             transformer=transformer, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer
         )
@@ -192,6 +196,7 @@ class Pipeline(DiffusionPipeline):
         overlap: int | None = None,
         original_size: bool = False,
         shared_intrinsics: bool = True,
+        camera_smoothing: float | None = None,
         halving: bool | Sequence[int] = False,
         capture: bool | None = None,
         progress: Progress | None = None,
@@ -214,6 +219,8 @@ class Pipeline(DiffusionPipeline):
             overlap: frames that neighbouring windows share; None for the usual number (see `complete_windows`).
             original_size: return images, depth and intrinsics at the scene's own size.
             shared_intrinsics: the lens does not change during the clip.
+            camera_smoothing: where no camera is observed, smooth the predicted path over so many frames; None:
+                as the checkpoint recommends.
             halving: give up candidates between steps (see `plan_cuts`): True for 16 -> 4 -> 1 and the like.
             capture: run steps as a recorded CUDA graph; None: on a GPU, where nothing prevents it.
             progress: called as progress(stage, done, total).
@@ -225,12 +232,13 @@ class Pipeline(DiffusionPipeline):
             UserError: the observation does not fit the scene, or a setting is out of range.
             CaptureError: capture was asked for and can't be had.
         """
-        check_settings(steps, candidates, guidance)
+        smoothing = float(self.config.camera_smoothing if camera_smoothing is None else camera_smoothing)
+        check_settings(steps, candidates, guidance, smoothing)
         cuts = plan_cuts(candidates, steps, halving)
         if window is not None:
             config = self.transformer.config
             settings: dict[str, Any] = {"steps": steps, "guidance": guidance, "candidates": candidates}
-            settings |= {"prompt": prompt, "halving": halving, "capture": capture}
+            settings |= {"prompt": prompt, "halving": halving, "capture": capture, "camera_smoothing": smoothing}
             return complete_windows(
                 self.complete,
                 scene,
@@ -259,7 +267,7 @@ class Pipeline(DiffusionPipeline):
             """Candidates as the user gets them, and the residuals of their cameras."""
             with self.at_work(self.vae):
                 drawn, residual = self.decode(latents, given, shared_intrinsics, lens)
-            return keep_observed(drawn, given), residual
+            return keep_observed(drawn, given, smoothing), residual
 
         def score(latents: Tensor) -> CandidateScores:
             with clock.stage("rank"):
@@ -286,6 +294,7 @@ class Pipeline(DiffusionPipeline):
             **describe(given),
             **{"steps": steps, "guidance": guidance, "seed": seed, "timings_s": clock.seconds},
             **{"sampler": drawn.launching, "drawn": candidates},
+            "camera_smoothing": smoothing if given.anchor is None else 0.0,
             **describe_search(scores, depth, best, drawn),
             "consistency": consistency(scores, residual, best),
         }
@@ -378,10 +387,12 @@ class Pipeline(DiffusionPipeline):
         return join(parts), torch.cat(residuals)
 
 
-def check_settings(steps: int, candidates: int, guidance: float) -> None:
+def check_settings(steps: int, candidates: int, guidance: float, smoothing: float = 0.0) -> None:
     """Raise UserError for settings that make no sense, before any work is done."""
     for name, value in (("steps", steps), ("candidates", candidates)):
         if value < 1:
             raise UserError(f"{name}: expected at least 1, got {value}")
     if not 0 <= guidance <= 100:
         raise UserError(f"guidance: expected 0 to 100 (1 switches it off), got {guidance}")
+    if not 0 <= smoothing <= 1000:
+        raise UserError(f"camera_smoothing: expected 0 (none) to 1000 frames, got {smoothing}")

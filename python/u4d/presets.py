@@ -151,6 +151,7 @@ def tiny() -> Preset:
             image_size=(96, 128),
             motion_features=True,
             rgb_to_geometry=True,
+            ray_basis="dct",
         ),
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from u4d.clips import Clips
 from u4d.geometry.cameras import relative_to_first
 from u4d.geometry.depth import STATIC_EXTENT, clip_scale, valid_depth
+from u4d.geometry.smoothing import smooth_path
 from u4d.sample.observation import (
     Observation,
     check_scene_has,
@@ -123,8 +124,11 @@ def nearest_observed(observed: Tensor) -> Tensor:
     return seen[(frames[:, None] - seen).abs().argmin(1)]
 
 
-def keep_observed(drawn: Clips, given: Given) -> Clips:
-    """Put the input's own images, depths and cameras in place of their coded copies, in the input's world frame."""
+def keep_observed(drawn: Clips, given: Given, smoothing: float = 0.0) -> Clips:
+    """Put the input's own images, depths and cameras in place of their coded copies, in the input's world frame.
+
+    Where no camera is observed, the drawn path is smoothed over `smoothing` frames.
+    """
     rgb, depth, intrinsics, cam_to_world = drawn.everything()
     device = rgb.device
     clip, observation = given.clip, given.observation
@@ -133,7 +137,7 @@ def keep_observed(drawn: Clips, given: Given) -> Clips:
     if clip.depth is not None:
         depth = torch.where(valid_depth(clip.depth), clip.depth, depth)
     if given.anchor is None or clip.cam_to_world is None or clip.intrinsics is None:
-        return Clips(rgb, depth, intrinsics, relative_to_first(cam_to_world))
+        return Clips(rgb, depth, intrinsics, relative_to_first(smooth_path(cam_to_world, smoothing)))
     seen = observation.camera.to(device)[:, None, None]
     cam_to_world = torch.where(seen, clip.cam_to_world, given.anchor @ cam_to_world)
     return Clips(rgb, depth, torch.where(seen, clip.intrinsics, intrinsics), cam_to_world)
