@@ -81,7 +81,9 @@ def test_the_shipped_checkpoint(u4d: Command) -> None:
     assert facts["kind"] == "a u4d checkpoint" and facts["clip"] == "18 frames of 96x128"
     assert facts["options"] == "motion_features, rgb_to_geometry" and "beside them" in facts["parameters"]
     assert facts["null text"] == "zeros" and facts["text encoder"].startswith("none")
-    assert facts["vae"].startswith("TinyCodec") and "steps 1, guidance 1" in facts["recommended"]
+    assert facts["vae"].startswith("TinyCodec") and facts["recommended"].endswith(
+        "steps 1, guidance 1; predicted camera paths smoothed over 2 frames"
+    )
 
 
 def test_a_transformer_alone(u4d: Command, made: Path, tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ def pipeline_facts(folder: Path) -> Facts:
     from u4d.pipeline import Pipeline
 
     defaults = inspect.signature(Pipeline).parameters
-    steps, guidance = (index.get(name, defaults[name].default) for name in SETTINGS)
+    steps, guidance, smoothing = (index.get(name, defaults[name].default) for name in SETTINGS)
+    smoothed = f"; predicted camera paths smoothed over {smoothing:g} frames" if smoothing else ""
     text = index.get("text_encoder") or [None, None]
     return [
         ("kind", "a u4d checkpoint"),
@@ -61,7 +62,7 @@ def pipeline_facts(folder: Path) -> Facts:
             if text[1] is None
             else f"{text[1]}, {size_on_disk(weight_files(folder / 'text_encoder', TEXT_WEIGHTS))}",
         ),
-        ("recommended", f"where all RGB is observed: steps {steps}, guidance {guidance:g}"),
+        ("recommended", f"where all RGB is observed: steps {steps}, guidance {guidance:g}{smoothed}"),
         ("folder", str(folder)),
     ]
 
