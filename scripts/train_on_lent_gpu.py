@@ -63,7 +63,7 @@ def train(options: argparse.Namespace) -> None:
         except subprocess.TimeoutExpired:
             bring_back(options.run, options.out)
     if process.poll() is None:
-        process.send_signal(signal.SIGINT)
+        process.terminate()  # a saved state is whole or not there, so nothing is lost but the steps after it
     stopped = process.wait()
     exported = bring_back(options.run, options.out)
     if exported:
@@ -71,7 +71,7 @@ def train(options: argparse.Namespace) -> None:
         subprocess.run(
             u4d("eval", "--checkpoint", exported, *scored, "--markdown", options.out / "eval.md"), check=True
         )
-    if stopped not in (0, 130):  # 130: interrupted, as it was meant
+    if stopped not in (0, -signal.SIGTERM):
         raise SystemExit(f"training ended with exit code {stopped}")
 
 
