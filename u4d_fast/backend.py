@@ -25,6 +25,7 @@ FLOAT32 = (torch.float32,)
 # How a kernel that takes several dtypes is told which; the same numbers as in csrc/kernels/common/half_types.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SINGLE_AND_HALF = tuple(DTYPE_CODES)
+PORTABLE_FROM = (8, 0)  # compute capability that kernels without Hopper's own instructions need; csrc/CMakeLists.txt
 
 
 class BackendError(ValueError):
@@ -98,10 +99,17 @@ def _find_unavailable(op: str, device_type: str, device_index: int) -> str:
         return f"the compiled module has no CUDA kernel of {op}"
     if not torch.cuda.is_available():
         return "no CUDA device is visible"
-    have = "sm_{}{}".format(*torch.cuda.get_device_capability(device_index))
+    capability = torch.cuda.get_device_capability(device_index)
+    have = "sm_{}{}".format(*capability)
     # Code for sm_90a (with the "a") runs on compute capability 9.0 and on no other.
-    if kernels.cuda_arch.rstrip("a") != have:
-        return f"the kernels are compiled for {kernels.cuda_arch}, this GPU is {have}"
+    if kernels.cuda_arch.rstrip("a") == have:
+        return ""
+    if op in kernels.hopper_ops:
+        return f"the kernel is compiled for {kernels.cuda_arch}, this GPU is {have}"
+    if capability < PORTABLE_FROM:
+        return "the kernel is compiled for compute capability {}.{} and newer, this GPU is {}".format(
+            *PORTABLE_FROM, have
+        )
     return ""
 
 

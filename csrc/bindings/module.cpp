@@ -1,4 +1,5 @@
-// The Python module u4d_fast._kernels. bindings.inc lists every other file of this folder (see csrc/CMakeLists.txt).
+// The Python module u4d_fast._kernels. bindings.inc lists every other file of this folder, hopper_ops.inc the ops whose
+// CUDA kernels run on Hopper alone (see csrc/CMakeLists.txt).
 #include <pybind11/pybind11.h>
 
 #ifdef _OPENMP
@@ -19,6 +20,12 @@ PYBIND11_MODULE(_kernels, m) {
 #include "bindings.inc"
 #undef U4D_BINDING
   m.attr("ops") = pybind11::tuple(ops);
+
+  pybind11::list hopper_ops;
+#define U4D_HOPPER_OP(op) hopper_ops.append(#op);
+#include "hopper_ops.inc"
+#undef U4D_HOPPER_OP
+  m.attr("hopper_ops") = pybind11::tuple(hopper_ops);
 
 #ifdef U4D_WITH_CUDA
   m.attr("cuda_arch") = "sm_" U4D_CUDA_ARCH;

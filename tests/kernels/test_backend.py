@@ -123,15 +123,22 @@ def test_without_the_module_everything_runs_on_the_reference(cameras, monkeypatc
 def test_a_module_without_cuda_or_for_another_gpu_says_so(monkeypatch) -> None:
     monkeypatch.setattr(backends, "_availability", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: {0: (9, 0), 1: (10, 0)}[index])
+    capabilities = {0: (9, 0), 1: (10, 0), 2: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
     monkeypatch.setattr(backends, "kernels", SimpleNamespace(cuda_arch=None, pack_rays_cpu=print))
     assert backends.unavailable("pack_rays", "cuda", 0) == "the compiled module was built without CUDA"
     assert backends.unavailable("pack_rays", "cpu", -1) == ""
     assert backends.unavailable("warp_frames", "cpu", -1) == "the compiled module has no CPU kernel of warp_frames"
     monkeypatch.setattr(backends, "_availability", {})
-    monkeypatch.setattr(backends, "kernels", SimpleNamespace(cuda_arch="sm_90a", pack_rays_cuda=print))
-    assert backends.unavailable("pack_rays", "cuda", 0) == ""
-    assert backends.unavailable("pack_rays", "cuda", 1) == "the kernels are compiled for sm_90a, this GPU is sm_100"
+    built = SimpleNamespace(
+        cuda_arch="sm_90a", hopper_ops=("attention",), pack_rays_cuda=print, attention_cuda=print
+    )
+    monkeypatch.setattr(backends, "kernels", built)
+    assert backends.unavailable("pack_rays", "cuda", 0) == backends.unavailable("attention", "cuda", 0) == ""
+    # Portable kernels come as PTX too.
+    assert backends.unavailable("pack_rays", "cuda", 1) == ""
+    assert backends.unavailable("attention", "cuda", 1) == "the kernel is compiled for sm_90a, this GPU is sm_100"
+    assert "compute capability 8.0 and newer, this GPU is sm_75" in backends.unavailable("pack_rays", "cuda", 2)
     assert "no kernels for device type 'mps'" in backends.unavailable("pack_rays", "mps", 0)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from u4d.model.rotary import rotary_table
 from u4d_fast.reference.qk_norm_rope import rotate
@@ -19,6 +20,19 @@ def test_rotary_table_equals_diffusers(head_dim: int) -> None:
     cos, sin = rotary_table(frames, rows, columns, head_dim, torch.device("cpu"))
     torch.testing.assert_close(cos, truth_cos[0, :, 0, 0::2].float())
     torch.testing.assert_close(sin, truth_sin[0, :, 0, 1::2].float())
+
+
+def test_tables_are_made_once_and_serve_training_after_inference() -> None:
+    device = torch.device("cpu")
+    with torch.inference_mode():
+        first = rotary_table(2, 3, 4, 20, device)
+    second = rotary_table(2, 3, 4, 20, device)
+    assert first[0] is second[0] and not second[0].is_inference()
+    with FakeTensorMode():
+        fake = rotary_table(2, 3, 4, 20, device)
+    assert isinstance(fake[0], FakeTensor) and rotary_table(2, 3, 4, 20, device)[0] is first[0]
+    traced = torch.compile(lambda: rotary_table(2, 3, 4, 20, device)[0] + 1, backend="eager", fullgraph=True)
+    torch.testing.assert_close(traced(), first[0] + 1)
 
 
 def test_rotated_products_depend_on_the_offset_alone() -> None:
