@@ -54,8 +54,13 @@ void def_cpu(pybind11::module_& m, const char* name, Status (*kernel)(Args...)) 
 template <class... Args>
 void def_cuda(pybind11::module_& m, const char* name, Status (*kernel)(void*, Args...)) {
   m.def(name, [=](int device, std::uintptr_t stream, Crossing<Args>... args) {
+    int before = device;
+    raise_unless_ok(cuda::get_device(&before), name);
     raise_unless_ok(cuda::set_device(device), name);
-    raise_unless_ok(kernel(reinterpret_cast<void*>(stream), arrive<Args>(args)...), name);
+    const Status status = kernel(reinterpret_cast<void*>(stream), arrive<Args>(args)...);
+    // Torch goes on with the device that it had made current.
+    if (before != device) raise_unless_ok(cuda::set_device(before), name);
+    raise_unless_ok(status, name);
   });
 }
 #endif

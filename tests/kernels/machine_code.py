@@ -30,6 +30,14 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class Exponentials:
+    """How many of them a thread computes while tensor-core products are under way, and while none are."""
+
+    under_way: int
+    alone: int
+
+
+@dataclass(frozen=True)
 class MachineCode:
     """By kernel its usage and its instructions."""
 
@@ -38,8 +46,31 @@ class MachineCode:
 
     def count(self, name: str) -> int:
         """How many instructions there are whose name is `name`, or begins with `name` and a dot."""
-        wanted = re.compile(rf"(?:@!?U?P\d+ )?{name}\b")
-        return sum(bool(wanted.match(line)) for lines in self.instructions.values() for line in lines)
+        return sum(is_instruction(line, name) for lines in self.instructions.values() for line in lines)
+
+    def exponentials(self, kernel: str) -> Exponentials:
+        """As the instructions stand one after the other, each loop once.
+
+        A last product of a group (gsb0) puts it under way; a wait leaves at most so many groups.
+        """
+        groups, counts = 0, [0, 0]
+        for line in self.instructions[kernel]:
+            if is_instruction(line, "[HQ]GMMA") and "gsb0" in line:
+                groups += 1
+            elif wait := re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, (\w+)", line):
+                groups = min(groups, int(wait[1], 16))
+            elif is_instruction(line, "MUFU.EX2"):
+                counts[groups == 0] += 1
+        return Exponentials(*counts)
+
+    def register_changes(self, kernel: str) -> list[int]:
+        """What the kernel's setmaxnreg ask for, smallest first."""
+        lines = [line for line in self.instructions[kernel] if is_instruction(line, "USETMAXREG")]
+        return sorted(int(line.split(", ")[-1].split()[-1], 16) for line in lines)
+
+
+def is_instruction(line: str, name: str) -> bool:
+    return bool(re.match(rf"(?:@!?U?P\d+ )?{name}\b", line))
 
 
 def nvcc() -> str:

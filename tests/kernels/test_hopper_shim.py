@@ -148,9 +148,10 @@ def test_a_failure_ends_with_its_launch() -> None:
 
 def test_the_emulation_has_every_function_that_kernels_may_call() -> None:
     declared = r"(?:U4D_HOPPER|inline|^) ?[\w:]+ (\w+)\("
-    real = {*re.findall(declared, (KERNELS / "common" / "hopper.h").read_text(), re.MULTILINE)}
+    headers = [(KERNELS / "common" / name).read_text() for name in ("hopper.h", "hopper_wgmma.h")]
+    real = {name for text in headers for name in re.findall(declared, text, re.MULTILINE)}
     emulated = (KERNELS / "common" / "hopper_shim.h").read_text()
-    assert {"barrier_wait", "tma_load_4d", "wgmma_shared", "exp2_approx"} <= real
+    assert {"barrier_wait", "tma_load_4d", "wgmma_shared", "exp2_approx", "wgmma_registers_e4m3"} <= real
     assert [name for name in sorted(real) if not re.search(rf"\b{name}\(", emulated)] == []
 
 

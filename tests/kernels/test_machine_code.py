@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from machine_code import MachineCode, compile_source, machine_code
+from machine_code import Exponentials, MachineCode, compile_source, machine_code
 from shim_compiler import KERNELS, with_includes
 
 SOURCES = {path.stem: path for path in sorted(KERNELS.glob("*/*.cu"))}
@@ -16,6 +17,33 @@ STACK = {"rays_to_cameras": 1312}
 
 
 HOPPER = [name for name, path in SOURCES.items() if KERNELS / "common" / "hopper.h" in with_includes([path])]
+
+
+@dataclass(frozen=True)
+class Products:
+    """What the large kernels of an op for Hopper are made of: 128 threads that bring data, 256 that compute.
+
+    Attributes:
+        instructions: of the tensor cores: HGMMA (bfloat16), QGMMA (e4m3).
+        stores: whether results go out by the copy engine.
+        under_way: the fewest exponentials of a thread that must run while products do, in each kernel.
+        alone: the most that may run while none do: those of a row's first keys; None: does not matter.
+    """
+
+    instructions: tuple[str, ...]
+    stores: bool = False
+    under_way: int = 0
+    alone: int | None = None
+
+
+PRODUCTS = {
+    "multi_stream_attention": Products(("HGMMA",), under_way=88, alone=90),
+    "multi_stream_attention_fp8": Products(("QGMMA",), under_way=64, alone=66),
+    "multi_stream_attention_grad": Products(("HGMMA",), under_way=32, alone=0),
+    "grouped_linear": Products(("HGMMA", "QGMMA"), stores=True),
+}
+TENSOR_CORES = {"HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA"}
+COMPUTING, BRINGING = 256, 128  # threads
 
 
 def complaints(log: str) -> list[str]:
@@ -54,17 +82,39 @@ def test_nothing_lives_in_local_memory(name: str) -> None:
         assert (code.count("LDL"), code.count("STL")) == (0, 0)
 
 
+def large_kernels(code: MachineCode) -> list[str]:
+    return [name for name, usage in code.usage.items() if usage.threads == BRINGING + COMPUTING]
+
+
 @pytest.mark.parametrize("name", HOPPER)
 def test_hopper_kernels_use_tensor_cores_and_the_copy_engine(name: str) -> None:
+    code, expected = machine_code(SOURCES[name]), PRODUCTS[name]
+    assert {found for found in TENSOR_CORES if code.count(found)} == {*expected.instructions}
+    assert code.count("UTMALDG") > 0 and (code.count("UTMASTG") > 0) == expected.stores
+    assert large_kernels(code)
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_registers_that_are_taken_are_there(name: str) -> None:
+    """A setmaxnreg that asks for more than the block began with waits for ever."""
     code = machine_code(SOURCES[name])
-    counts = {mnemonic: code.count(mnemonic) for mnemonic in ("HGMMA", "UTMALDG", "USETMAXREG", "HMMA")}
-    assert counts["HGMMA"] > 0 and counts["UTMALDG"] > 0 and counts["USETMAXREG"] > 0 and counts["HMMA"] == 0
-    specialised = [usage for usage in code.usage.values() if usage.threads == 384]
-    assert specialised and all(usage.registers <= 168 for usage in specialised)
+    for kernel in large_kernels(code):
+        given_away, taken = code.register_changes(kernel)
+        wanted = BRINGING * given_away + COMPUTING * taken
+        assert wanted <= code.usage[kernel].registers * (BRINGING + COMPUTING), kernel
 
 
-def test_attention_is_such_a_kernel() -> None:
-    assert "multi_stream_attention" in HOPPER
+@pytest.mark.parametrize("name", HOPPER)
+def test_exponentials_run_while_products_do(name: str) -> None:
+    code, expected = machine_code(SOURCES[name]), PRODUCTS[name]
+    for kernel in large_kernels(code):
+        found = code.exponentials(kernel)
+        assert found.under_way >= expected.under_way, (kernel, found)
+        assert expected.alone is None or found.alone <= expected.alone, (kernel, found)
+
+
+def test_the_table_names_the_ops_for_hopper() -> None:
+    assert {*PRODUCTS} == {*HOPPER}
 
 
 # The checks must see what they look for.
@@ -103,3 +153,33 @@ def test_what_the_assembler_tells_is_seen(tmp_path: Path) -> None:
     source.write_text(UNFENCED)
     told = "\n".join(complaints(compile_source(source)[1]))
     assert "setmaxnreg" in told and "warpgroup" in told
+
+
+WAITED_FOR = """
+#include "kernels/common/hopper.h"
+__global__ void __launch_bounds__(128, 1) waited_kernel(float* out, unsigned long long a, unsigned long long b) {
+  float c[32], d[32];
+  u4d::hopper::wgmma_fence();
+  u4d::hopper::wgmma_shared<64>(c, a, b, 0);
+  u4d::hopper::wgmma_commit();
+  u4d::hopper::wgmma_shared<64>(d, b, a, 0);
+  u4d::hopper::wgmma_commit();
+  u4d::hopper::wgmma_wait<LEFT>();
+  u4d::hopper::hold_registers(c);
+  float sum = 0;
+  for (int i = 0; i < 32; ++i) sum += u4d::hopper::exp2_approx(c[i]);
+  u4d::hopper::order_after(sum);
+  u4d::hopper::wgmma_wait<0>();
+  u4d::hopper::hold_registers(d);
+  for (int i = 0; i < 32; ++i) out[i] = d[i] + sum;
+}
+"""
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_exponentials_after_a_wait_are_seen(left: int, tmp_path: Path) -> None:
+    source = tmp_path / f"waited_for_example_{left}.cu"
+    source.write_text(WAITED_FOR.replace("LEFT", str(left)))
+    code = machine_code(source)
+    (kernel,) = code.instructions
+    assert code.exponentials(kernel) == (Exponentials(32, 0) if left else Exponentials(0, 32))

@@ -4,6 +4,8 @@
 
 namespace u4d::cuda {
 
+Status get_device(int* device) { return static_cast<Status>(cudaGetDevice(device)); }
+
 Status set_device(int device) { return static_cast<Status>(cudaSetDevice(device)); }
 
 const char* error_text(Status status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }

@@ -5,7 +5,8 @@
 
 namespace u4d::cuda {
 
-// Makes `device` current for this thread. Torch's copy of the CUDA runtime and ours keep separate notes of that.
+// The device that is current for this thread. Torch's copy of the CUDA runtime and ours share it: it is the driver's.
+Status get_device(int* device);
 Status set_device(int device);
 
 // Text for a positive status.

@@ -56,8 +56,21 @@ U4D_HOPPER void barrier_arrive_expect(uint64_t* barrier, unsigned bytes) {
                : "memory");
 }
 
-// "mbarrier.try_wait": until the phase of this parity is over. A fresh barrier lets parity 1 pass.
+// "mbarrier.try_wait": until the phase of this parity is over. A fresh barrier lets parity 1 pass. Compiled with
+// U4D_FIND_HANGS, one that does not end ends the kernel with an error.
 U4D_HOPPER void barrier_wait(uint64_t* barrier, unsigned parity) {
+#ifdef U4D_FIND_HANGS
+  for (unsigned tries = 0, done = 0; !done; ++tries) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n}\n"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    if (tries > 1u << 18) asm volatile("trap;");
+  }
+#else
   asm volatile(
       "{\n.reg .pred done;\n"
       "again:\n"
@@ -67,6 +80,7 @@ U4D_HOPPER void barrier_wait(uint64_t* barrier, unsigned parity) {
       "over:\n}\n" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
+#endif
 }
 
 // "bar{.cta}", "barrier": `threads` threads meet at barrier `id` (1 to 15; 0 is __syncthreads'); whole warps only.
@@ -164,10 +178,13 @@ U4D_HOPPER void hold_registers(uint32_t (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-// "setp", "trap": what follows comes after the instructions that lead to x, which is never negative. Without it ptxas
-// moves a wgmma_wait() up over arithmetic that was meant to run while products do.
+// "setp", "nanosleep": what follows comes after the instructions that lead to x. Without it ptxas moves a wgmma_wait()
+// up over arithmetic that was meant to run while products do. It never sleeps: x is compared with a NaN that no
+// arithmetic gives. A comparison that ptxas can decide it leaves out, and around a branch (a trap is one) it needs more
+// registers.
 U4D_HOPPER void order_after(float x) {
-  asm volatile("{\n.reg .pred negative;\nsetp.lt.f32 negative, %0, 0f00000000;\n@negative trap;\n}\n" ::"f"(x));
+  asm volatile("{\n.reg .pred never;\nsetp.eq.b32 never, %0, 0x7fabcdef;\n@never nanosleep.u32 0;\n}\n" ::"r"(
+      __float_as_uint(x)));
 }
 
 // "Matrix descriptor": where an operand lies in shared memory. With k128Bytes, rows are 128 bytes, 8 of them are 1024:

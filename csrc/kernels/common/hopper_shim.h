@@ -7,11 +7,12 @@
 // thousand. Shared memory starts as NaN. Misuse that a GPU would answer with a hang or worse ends the launch
 // (kShimFailure) and says why.
 //
-// What it cannot show: memory ordering between threads; a fence_async_shared() that some of the threads lack; registers
-// changed under a product's way (ptxas sees these); clusters; the cost of anything.
+// What it cannot show: memory ordering between threads; a fence_async_shared() that some of the threads lack, unless it
+// is asked to look for that (hopper_shim_fence.h); registers changed under a product's way (ptxas sees these);
+// clusters; the cost of anything.
 #pragma once
 
-#include "kernels/common/hopper_shim_tma.h"
+#include "kernels/common/hopper_shim_store.h"
 #include "kernels/common/hopper_shim_wgmma.h"
 
 namespace u4d::hopper_shim {
@@ -23,9 +24,9 @@ struct NamedBarrier {
 inline NamedBarrier named_barriers[16];
 
 struct Wait {
-  enum { kBarrier, kNamed, kProducts } what;
+  enum { kBarrier, kNamed, kProducts, kStoresRead, kStoresWritten } what;
   std::uint64_t* barrier;
-  unsigned number;  // parity; generation; products
+  unsigned number;  // parity; generation; products; stores
   int id;
 };
 inline std::vector<Wait> waits;
@@ -39,6 +40,8 @@ inline void wait_for(Wait wait) {
 inline bool over(const Wait& wait, int thread) {
   if (wait.what == Wait::kBarrier) return barrier_at(wait.barrier).phase % 2 != wait.number;
   if (wait.what == Wait::kNamed) return named_barriers[wait.id].generation != wait.number;
+  if (wait.what == Wait::kStoresRead) return store_queues[thread].read >= static_cast<int>(wait.number);
+  if (wait.what == Wait::kStoresWritten) return store_queues[thread].written >= static_cast<int>(wait.number);
   return warpgroups[static_cast<std::size_t>(thread / kThreads)].done >= static_cast<int>(wait.number);
 }
 
@@ -57,11 +60,17 @@ inline void check_registers() {
 }
 
 struct Hopper : host_shim::Extension {
+  void begin_launch() override { late_writes.clear(); }
+  void end_launch() override {
+    for (const Write& write : late_writes) perform(write);
+  }
+
   void begin_block(int threads) override {
     barriers.clear();
     loads.clear();
-    barriers_fenced = stores_fenced = false;
-    host_shim::poison(async_shared, host_shim::dynamic_bytes);
+    store_queues.clear();
+    barriers_fenced = false;
+    begin_fences();
     std::fill(std::begin(named_barriers), std::end(named_barriers), NamedBarrier{});
     warpgroups.assign(static_cast<std::size_t>(threads / kThreads), {});
     waits.assign(static_cast<std::size_t>(threads), {});
@@ -70,19 +79,28 @@ struct Hopper : host_shim::Extension {
 
   void end_block() override {
     if (!loads.empty()) fail("the block ended with %zu copies under way", loads.size());
+    end_stores();
     check_all_products_waited_for();
     check_registers();
   }
 
+  void ran(int thread) override { notice_stores(thread); }
+
   bool ready(int thread) override { return over(waits[static_cast<std::size_t>(thread)], thread); }
 
   bool advance() override {
-    const std::vector<Warpgroup*> ready = ready_warpgroups();
-    const std::size_t copies = loads.size();
-    if (copies + ready.size() == 0) return false;
-    const std::size_t chosen = random_below(copies + ready.size());
-    if (chosen < copies) perform_load(chosen);
-    if (chosen >= copies) finish_products(*ready[chosen - copies]);
+    const std::vector<Warpgroup*> groups = ready_warpgroups();
+    const std::vector<StoreQueue*> queues = wanted_stores();
+    const std::size_t until_groups = loads.size() + groups.size(), all = until_groups + queues.size();
+    if (all == 0) return false;
+    const std::size_t chosen = random_below(all);
+    if (chosen < loads.size()) {
+      perform_load(chosen);
+    } else if (chosen < until_groups) {
+      finish_products(*groups[chosen - loads.size()]);
+    } else {
+      go_on(*queues[chosen - until_groups]);
+    }
     return true;
   }
 
@@ -190,7 +208,33 @@ inline void tma_load_5d(void* shared, const CUtensorMap* map, std::uint64_t* bar
   hopper_shim::issue_load(shared, map, barrier, {c0, c1, c2, c3, c4});
 }
 
-inline void fence_async_shared() { hopper_shim::stores_fenced = true; }
+inline void tma_store_4d(const CUtensorMap* map, const void* shared, int c0, int c1, int c2, int c3) {
+  hopper_shim::issue_store(map, shared, {c0, c1, c2, c3});
+}
+
+inline void store_commit() {
+  hopper_shim::StoreQueue& mine = hopper_shim::my_stores();
+  mine.commits.push_back(mine.issued);
+}
+
+template <int kPending>
+void store_wait_read() {
+  const int until = hopper_shim::my_stores().committed_before(kPending);
+  hopper_shim::my_stores().wanted_read = std::max(hopper_shim::my_stores().wanted_read, until);
+  const hopper_shim::Wait wait{hopper_shim::Wait::kStoresRead, nullptr, static_cast<unsigned>(until), 0};
+  if (!hopper_shim::over(wait, host_shim::current)) hopper_shim::wait_for(wait);
+}
+
+template <int kPending>
+void store_wait() {
+  store_wait_read<kPending>();
+  const int until = hopper_shim::my_stores().committed_before(kPending);
+  hopper_shim::my_stores().wanted_written = std::max(hopper_shim::my_stores().wanted_written, until);
+  const hopper_shim::Wait wait{hopper_shim::Wait::kStoresWritten, nullptr, static_cast<unsigned>(until), 0};
+  if (!hopper_shim::over(wait, host_shim::current)) hopper_shim::wait_for(wait);
+}
+
+inline void fence_async_shared() { hopper_shim::fence_stores(host_shim::current); }
 
 inline void wgmma_fence() { hopper_shim::my_lane().fenced = true; }
 
@@ -215,9 +259,7 @@ void wgmma_wait() {
 template <class T, int kCount>
 void hold_registers(T (&)[kCount]) {}
 
-inline void order_after(float x) {
-  if (x < 0.0f) hopper_shim::fail("order_after(%g): expected a number that is never negative", x);
-}
+inline void order_after(float) {}
 
 inline std::uint64_t shared_descriptor(const void* shared, unsigned leading_bytes, unsigned stride_bytes,
                                        Swizzle swizzle) {
@@ -249,10 +291,25 @@ inline std::uint32_t pack_bf16(float low, float high) {
   return round_to_bfloat16(low) | static_cast<std::uint32_t>(round_to_bfloat16(high)) << 16;
 }
 
+// To the nearest e4m3, of two the even one; beyond 448 is 448. With 4 bits of fraction a number below 2^(e+1) is a
+// multiple of 2^(e-3), and none is finer than 2^-9.
+inline std::uint32_t round_to_e4m3(float value) {
+  if (value != value) return 0x7f;  // the NaN that cvt gives
+  const std::uint32_t sign = std::signbit(value) ? 0x80 : 0;
+  const float size = std::min(std::fabs(value), 448.0f);
+  const int exponent = std::max(size > 0 ? std::ilogb(size) : -6, -6);
+  const int steps = static_cast<int>(std::nearbyint(std::ldexp(size, 3 - exponent)));  // 8 to 16; below 2^-6 less
+  return sign | static_cast<std::uint32_t>((exponent + 6) * 8 + steps);
+}
+
+inline std::uint32_t pack_e4m3(float first, float second, float third, float fourth) {
+  return round_to_e4m3(first) | round_to_e4m3(second) << 8 | round_to_e4m3(third) << 16 | round_to_e4m3(fourth) << 24;
+}
+
 template <int N>
 void wgmma_shared(float (&d)[N / 2], std::uint64_t a, std::uint64_t b, int accumulate) {
   static_assert(N % 8 == 0 && N >= 8 && N <= 256);
-  hopper_shim::issue_product({N, false, true, accumulate != 0, a, b}, d, nullptr);
+  hopper_shim::issue_product({hopper_shim::Factor::kBfloat16, N, false, true, accumulate != 0, a, b}, d, nullptr);
 }
 
 template <int N>
@@ -260,7 +317,21 @@ void wgmma_registers(float (&d)[N / 2], std::uint32_t a0, std::uint32_t a1, std:
                      std::uint64_t b, int accumulate) {
   static_assert(N % 8 == 0 && N >= 8 && N <= 256);
   const std::uint32_t fragment[] = {a0, a1, a2, a3};
-  hopper_shim::issue_product({N, true, false, accumulate != 0, 0, b}, d, fragment);
+  hopper_shim::issue_product({hopper_shim::Factor::kBfloat16, N, true, false, accumulate != 0, 0, b}, d, fragment);
+}
+
+template <int N>
+void wgmma_shared_e4m3(float (&d)[N / 2], std::uint64_t a, std::uint64_t b, int accumulate) {
+  static_assert(N % 8 == 0 && N >= 8 && N <= 256);
+  hopper_shim::issue_product({hopper_shim::Factor::kE4m3, N, false, true, accumulate != 0, a, b}, d, nullptr);
+}
+
+template <int N>
+void wgmma_registers_e4m3(float (&d)[N / 2], std::uint32_t a0, std::uint32_t a1, std::uint32_t a2, std::uint32_t a3,
+                          std::uint64_t b, int accumulate) {
+  static_assert(N % 8 == 0 && N >= 8 && N <= 256);
+  const std::uint32_t fragment[] = {a0, a1, a2, a3};
+  hopper_shim::issue_product({hopper_shim::Factor::kE4m3, N, true, true, accumulate != 0, 0, b}, d, fragment);
 }
 
 }  // namespace u4d::hopper

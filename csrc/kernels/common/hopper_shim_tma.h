@@ -5,12 +5,18 @@
 
 #include <unordered_map>
 
+#include "kernels/common/hopper_shim_fence.h"
 #include "kernels/common/launch.h"
 
 // The names of cuda.h and cuda_runtime.h that Hopper launchers use.
 
 enum CUresult { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1 };
-enum CUtensorMapDataType { CU_TENSOR_MAP_DATA_TYPE_FLOAT32 = 7, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9 };
+enum CUtensorMapDataType {
+  CU_TENSOR_MAP_DATA_TYPE_UINT8 = 0,
+  CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6,
+  CU_TENSOR_MAP_DATA_TYPE_FLOAT32 = 7,
+  CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9,
+};
 enum CUtensorMapInterleave { CU_TENSOR_MAP_INTERLEAVE_NONE };
 enum CUtensorMapSwizzle {
   CU_TENSOR_MAP_SWIZZLE_NONE,
@@ -31,7 +37,7 @@ using cuuint64_t = std::uint64_t;
 struct alignas(64) CUtensorMap {
   std::uint32_t mark;
   std::uint8_t rank, element_bytes, swizzle;
-  const unsigned char* base;
+  unsigned char* base;
   std::uint64_t sizes[5];    // elements, the contiguous dimension first
   std::uint64_t strides[5];  // bytes
   std::uint16_t box[5];
@@ -78,7 +84,9 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType typ
                                        const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
                                        const cuuint32_t* steps, CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                        CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-  const unsigned element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ? 2 : 4;
+  const unsigned element_bytes = type == CU_TENSOR_MAP_DATA_TYPE_UINT8     ? 1
+                                 : type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4
+                                                                           : 2;
   const unsigned span = swizzle == CU_TENSOR_MAP_SWIZZLE_NONE ? 0 : 16u << swizzle;
   const std::uintptr_t base = reinterpret_cast<std::uintptr_t>(address);
   if (reinterpret_cast<std::uintptr_t>(map) % 64 || base % 16 || rank < 1 || rank > 5) return CUDA_ERROR_INVALID_VALUE;
@@ -86,7 +94,7 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType typ
           static_cast<std::uint8_t>(rank),
           static_cast<std::uint8_t>(element_bytes),
           static_cast<std::uint8_t>(span),
-          static_cast<const unsigned char*>(address),
+          static_cast<unsigned char*>(address),
           {},
           {element_bytes},
           {}};
@@ -107,25 +115,12 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType typ
 
 namespace u4d::hopper_shim {
 
-// What the copy engine and the tensor cores see of shared memory. Ordinary stores come here by fence_async_shared()
-// only.
-alignas(1024) inline unsigned char async_shared[host_shim::kSharedLimit];
-inline bool stores_fenced = false;
-
 inline unsigned shared_offset(const void* pointer, std::size_t bytes, const char* what) {
   const auto offset = static_cast<const unsigned char*>(pointer) - host_shim::dynamic_shared;
   if (offset < 0 || offset + static_cast<std::ptrdiff_t>(bytes) > host_shim::dynamic_bytes) {
     fail("%s does not lie in the %d bytes of dynamic shared memory", what, host_shim::dynamic_bytes);
   }
   return static_cast<unsigned>(offset);
-}
-
-// Any one thread's fence lets all threads' stores through: a kernel that lacks the fence shows, one in which some of
-// the threads lack it does not.
-inline const unsigned char* async_view() {
-  if (stores_fenced) std::memcpy(async_shared, host_shim::dynamic_shared, host_shim::dynamic_bytes);
-  stores_fenced = false;
-  return async_shared;
 }
 
 // Barriers ("mbarrier").
@@ -175,13 +170,22 @@ inline void arrive(std::uint64_t* address, std::int64_t expected_bytes) {
   end_phase_if_complete(barrier);
 }
 
-// Copies.
+// Copies: what both directions have in common.
 
-struct Load {
+struct Box {
   CUtensorMap map;
-  unsigned to, bytes;
-  std::uint64_t* barrier;
+  unsigned shared, bytes;
   int at[5];
+
+  unsigned row_bytes() const { return map.box[0] * map.element_bytes; }
+  unsigned rows() const { return bytes / row_bytes(); }
+  bool meets(const Box& other) const { return shared < other.shared + other.bytes && other.shared < shared + bytes; }
+};
+
+// Copies into shared memory.
+struct Load {
+  Box box;
+  std::uint64_t* barrier;
 };
 inline std::vector<Load> loads;
 inline std::uint32_t random_state = 1;
@@ -192,56 +196,81 @@ inline std::size_t box_bytes(const CUtensorMap& map) {
   return bytes;
 }
 
+template <int kRank>
+Box box_at(const void* shared, const CUtensorMap* map, const int (&at)[kRank], const char* end) {
+  if (map->mark != kMapMark) fail("a copy's tensor map was not made by cuTensorMapEncodeTiled");
+  if (map->rank != kRank) fail("a %dd copy of a tensor map of rank %d", kRank, map->rank);
+  Box box{*map, 0, static_cast<unsigned>(box_bytes(*map)), {}};
+  box.shared = shared_offset(shared, box.bytes, end);
+  std::copy(at, at + kRank, box.at);
+  const unsigned alignment = map->swizzle ? map->swizzle * 8u : 128u;  // where the permutation's pattern begins
+  if (box.shared % alignment) fail("%s %u is not aligned to %u bytes", end, box.shared, alignment);
+  for (const Load& other : loads) {
+    if (box.meets(other.box)) {
+      fail("two copies under way in the same shared memory, from byte %u and %u on", other.box.shared, box.shared);
+    }
+  }
+  return box;
+}
+
+// Where the box's row `row` begins in global memory, were its first column 0; nullptr for a row outside the tensor.
+inline unsigned char* row_at(const Box& box, unsigned row) {
+  const CUtensorMap& map = box.map;
+  unsigned char* at = map.base;
+  for (unsigned i = 1, rest = row; i < map.rank; rest /= map.box[i++]) {
+    const std::int64_t index = box.at[i] + static_cast<std::int64_t>(rest % map.box[i]);
+    if (index < 0 || index >= static_cast<std::int64_t>(map.sizes[i])) return nullptr;
+    at += index * static_cast<std::int64_t>(map.strides[i]);
+  }
+  return at;
+}
+
+// Bytes of a row of the box that are inside the tensor: from `first`, before `last`, at `offset` in the tensor's row.
+struct Inside {
+  unsigned first, last;
+  std::int64_t offset;
+};
+
+inline Inside inside_of_row(const Box& box) {
+  const std::int64_t size = static_cast<std::int64_t>(box.map.sizes[0]), at = box.at[0];
+  const std::int64_t first = std::max<std::int64_t>(-at, 0), last = std::min<std::int64_t>(size - at, box.map.box[0]);
+  if (first >= last) return {0, 0, 0};
+  const unsigned bytes = box.map.element_bytes;
+  return {static_cast<unsigned>(first) * bytes, static_cast<unsigned>(last) * bytes, (at + first) * bytes};
+}
+
+void check_not_being_read(const Box& box);  // hopper_shim_store.h
+
 // One thread asks for a copy: from here until the copy comes, its destination reads as NaN.
 template <int kRank>
 void issue_load(void* shared, const CUtensorMap* map, std::uint64_t* barrier, const int (&at)[kRank]) {
-  if (map->mark != kMapMark) fail("a copy's tensor map was not made by cuTensorMapEncodeTiled");
-  if (map->rank != kRank) fail("a %dd copy of a tensor map of rank %d", kRank, map->rank);
   if (!barriers_fenced) fail("a copy without fence_barrier_init after the last barrier_init");
   barrier_at(barrier);
-  Load load{*map, 0, static_cast<unsigned>(box_bytes(*map)), barrier, {}};
-  load.to = shared_offset(shared, load.bytes, "a copy's destination");
-  std::copy(at, at + kRank, load.at);
-  const unsigned alignment = map->swizzle ? map->swizzle * 8u : 128u;  // where the permutation's pattern begins
-  if (load.to % alignment) fail("a copy's destination %u is not aligned to %u bytes", load.to, alignment);
-  for (const Load& other : loads) {
-    if (load.to < other.to + other.bytes && other.to < load.to + load.bytes) {
-      fail("two copies under way into the same shared memory, from byte %u and %u on", other.to, load.to);
-    }
-  }
-  host_shim::poison(host_shim::dynamic_shared + load.to, load.bytes);
-  host_shim::poison(async_shared + load.to, load.bytes);
-  loads.push_back(load);
+  const Box box = box_at(shared, map, at, "a copy's destination");
+  check_not_being_read(box);
+  std::vector<unsigned char> nothing(box.bytes);
+  host_shim::poison(nothing.data(), box.bytes);
+  write_both_views(box.shared, nothing.data(), box.bytes);
+  loads.push_back({box, barrier});
 }
 
 // Writes the box's row `row`, pieces of 16 bytes where the permutation wants them; zeros outside the tensor.
-inline void copy_row(const Load& load, unsigned row) {
-  const CUtensorMap& map = load.map;
-  const unsigned row_bytes = map.box[0] * map.element_bytes;
-  const unsigned char* from = map.base;
-  bool inside = true;
-  for (unsigned i = 1, rest = row; i < map.rank; rest /= map.box[i++]) {
-    const std::int64_t index = load.at[i] + static_cast<std::int64_t>(rest % map.box[i]);
-    inside = inside && index >= 0 && index < static_cast<std::int64_t>(map.sizes[i]);
-    from += index * static_cast<std::int64_t>(map.strides[i]);
-  }
+inline void copy_row(const Box& box, unsigned row) {
+  const Inside inside = inside_of_row(box);
   unsigned char bytes[256 * 4] = {};
-  for (unsigned i = 0; inside && i < map.box[0]; ++i) {
-    const std::int64_t index = load.at[0] + static_cast<std::int64_t>(i);
-    if (index < 0 || index >= static_cast<std::int64_t>(map.sizes[0])) continue;
-    std::memcpy(bytes + i * map.element_bytes, from + index * map.element_bytes, map.element_bytes);
+  if (const unsigned char* from = row_at(box, row)) {
+    std::memcpy(bytes + inside.first, from + inside.offset, inside.last - inside.first);
   }
-  for (unsigned piece = 0; piece < row_bytes; piece += 16) {
-    const unsigned to = swizzled(load.to + row * row_bytes + piece, map.swizzle);
-    std::memcpy(host_shim::dynamic_shared + to, bytes + piece, 16);
-    std::memcpy(async_shared + to, bytes + piece, 16);
+  for (unsigned piece = 0; piece < box.row_bytes(); piece += 16) {
+    const unsigned to = swizzled(box.shared + row * box.row_bytes() + piece, box.map.swizzle);
+    write_both_views(to, bytes + piece, 16);
   }
 }
 
-inline bool still_poisoned(const Load& load) {
-  std::vector<unsigned char> expected(load.bytes);
-  host_shim::poison(expected.data(), load.bytes);
-  return std::memcmp(expected.data(), host_shim::dynamic_shared + load.to, load.bytes) == 0;
+inline bool still_poisoned(const Box& box) {
+  std::vector<unsigned char> expected(box.bytes);
+  host_shim::poison(expected.data(), box.bytes);
+  return std::memcmp(expected.data(), host_shim::dynamic_shared + box.shared, box.bytes) == 0;
 }
 
 inline std::size_t random_below(std::size_t count) {
@@ -253,11 +282,11 @@ inline std::size_t random_below(std::size_t count) {
 inline void perform_load(std::size_t chosen) {
   const Load load = loads[chosen];
   loads.erase(loads.begin() + static_cast<std::ptrdiff_t>(chosen));
-  if (!still_poisoned(load))
-    fail("shared memory from byte %u on was written while a copy into it was under way", load.to);
-  for (unsigned row = 0; row * load.map.box[0] * load.map.element_bytes < load.bytes; ++row) copy_row(load, row);
+  if (!still_poisoned(load.box))
+    fail("shared memory from byte %u on was written while a copy into it was under way", load.box.shared);
+  for (unsigned row = 0; row < load.box.rows(); ++row) copy_row(load.box, row);
   Barrier& barrier = barrier_at(load.barrier);
-  barrier.bytes -= load.bytes;
+  barrier.bytes -= load.box.bytes;
   if (barrier.bytes < 0) {
     fail("%s got %lld bytes more than were expected in its phase %u", name_of(load.barrier).c_str(),
          static_cast<long long>(-barrier.bytes), barrier.phase);

@@ -3,7 +3,8 @@
 // After the PTX ISA ("Asynchronous warpgroup level matrix instructions": fragments, "Canonical Layouts", "Matrix
 // Descriptor Format"). A product is worked out when its group is waited for and no thread can go on otherwise, from
 // what shared memory holds then; until a thread's wait is over its accumulators hold a NaN of their own. A from
-// registers is read at once: that registers under way are left alone is seen by ptxas, not here.
+// registers is read at once: that registers under way are left alone is seen by ptxas, not here. Sums are float32: that
+// the tensor cores keep about 14 bits of a sum of e4m3 products is not emulated.
 #pragma once
 
 #include <deque>
@@ -13,15 +14,24 @@
 
 namespace u4d::hopper_shim {
 
-constexpr int kThreads = 128, kRows = 64, kDepth = 16;
+constexpr int kThreads = 128, kRows = 64, kDepthBytes = 32;
+constexpr int kMostDepth = 32, kMostColumns = 256;
 constexpr std::uint32_t kUnderWay = 0x7f81dead;  // a signalling NaN: arithmetic with it gives another one
+
+// Type of the factors.
+enum class Factor { kBfloat16, kE4m3 };
+
+inline int bytes_of(Factor factor) { return factor == Factor::kE4m3 ? 1 : 2; }
+
+// How deep one product is: 32 bytes.
+inline int depth_of(Factor factor) { return kDepthBytes / bytes_of(factor); }
 
 // An operand in shared memory. `major_is_depth`: K-major, else MN-major.
 struct Layout {
   unsigned start, leading, stride, span;
   bool major_is_depth;
 
-  // The piece of 8 elements that is number `i` along the contiguous dimension and number `j` along the other one.
+  // The piece of 16 bytes that is number `i` along the contiguous dimension and number `j` along the other one.
   unsigned address(unsigned i, unsigned j) const {
     const unsigned per_span = span / 16;
     unsigned at = start + j % 8 * (span ? span : 16);
@@ -52,48 +62,67 @@ inline float widen_bfloat16(std::uint16_t bits) {
   return value;
 }
 
-// The operand's `count` rows (of A) or columns (of B), 16 deep; element (index, depth) goes to to[index * by_index +
-// depth * by_depth].
-inline void read_operand(const Layout& layout, int count, float* to, int by_index, int by_depth) {
+inline float widen_e4m3(unsigned char bits) {
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  if ((bits & 0x7f) == 0x7f) return std::nanf("");
+  const float size = exponent ? std::ldexp(8.0f + fraction, exponent - 10) : std::ldexp(1.0f * fraction, -9);
+  return bits & 0x80 ? -size : size;
+}
+
+inline float widen(Factor factor, const unsigned char* from) {
+  static const std::vector<float> e4m3 = [] {
+    std::vector<float> values;
+    for (int bits = 0; bits < 256; ++bits) values.push_back(widen_e4m3(static_cast<unsigned char>(bits)));
+    return values;
+  }();
+  if (factor == Factor::kE4m3) return e4m3[*from];
+  std::uint16_t bits;
+  std::memcpy(&bits, from, 2);
+  return widen_bfloat16(bits);
+}
+
+// The operand's `count` rows (of A) or columns (of B), as deep as a product is; element (index, depth) goes to
+// to[index * by_index + depth * by_depth].
+inline void read_operand(const Layout& layout, Factor factor, int count, float* to, int by_index, int by_depth) {
   const unsigned char* shared = async_view();
   const bool deep = layout.major_is_depth;
-  const int pieces = (deep ? kDepth : count) / 8, others = deep ? count : kDepth;
+  const int per_piece = 16 / bytes_of(factor), depth_of_all = depth_of(factor);
+  const int pieces = (deep ? depth_of_all : count) / per_piece, others = deep ? count : depth_of_all;
   for (int j = 0; j < others; ++j) {
     for (int i = 0; i < pieces; ++i) {
       const unsigned at = layout.address(static_cast<unsigned>(i), static_cast<unsigned>(j));
       if (at + 16 > static_cast<unsigned>(host_shim::dynamic_bytes)) fail("a product reads past the shared memory");
-      std::uint16_t piece[8];
-      std::memcpy(piece, shared + at, 16);
-      for (int e = 0; e < 8; ++e) {
-        const int index = deep ? j : i * 8 + e, depth = deep ? i * 8 + e : j;
-        to[index * by_index + depth * by_depth] = widen_bfloat16(piece[e]);
+      for (int e = 0; e < per_piece; ++e) {
+        const int index = deep ? j : i * per_piece + e, depth = deep ? i * per_piece + e : j;
+        to[index * by_index + depth * by_depth] = widen(factor, shared + at + e * bytes_of(factor));
       }
     }
   }
 }
 
-// sum[64,columns] += a[64,16] b[16,columns].
+// sum[64,columns] += a[64,depth] b[depth,columns].
 U4D_CLONES __attribute__((noinline, optimize("O3"))) static void multiply_add(const float* __restrict__ a,
                                                                               const float* __restrict__ b,
-                                                                              float* __restrict__ sum, int columns) {
+                                                                              float* __restrict__ sum, int columns,
+                                                                              int depth) {
   for (int row = 0; row < kRows; ++row) {
-    for (int depth = 0; depth < kDepth; ++depth) {
-      const float factor = a[row * kDepth + depth];
-      for (int column = 0; column < columns; ++column)
-        sum[row * columns + column] += factor * b[depth * columns + column];
+    for (int k = 0; k < depth; ++k) {
+      const float factor = a[row * depth + k];
+      for (int column = 0; column < columns; ++column) sum[row * columns + column] += factor * b[k * columns + column];
     }
   }
 }
 
 // One wgmma.mma_async.
 struct Instruction {
+  Factor factor;
   int columns;
   bool a_in_registers, b_major_is_depth, accumulate;
   std::uint64_t a, b;
 
   bool operator==(const Instruction& other) const {
-    return columns == other.columns && a_in_registers == other.a_in_registers && a == other.a && b == other.b &&
-           b_major_is_depth == other.b_major_is_depth && accumulate == other.accumulate;
+    return factor == other.factor && columns == other.columns && a_in_registers == other.a_in_registers &&
+           a == other.a && b == other.b && b_major_is_depth == other.b_major_is_depth && accumulate == other.accumulate;
   }
 };
 
@@ -102,7 +131,7 @@ struct Product {
   Instruction instruction;
   int accumulator, threads;  // that have issued it
   bool fresh;
-  float fragment[kRows * kDepth];
+  float fragment[kRows * kMostDepth];
 };
 
 // Registers of one thread that products under way write: `last` is the youngest of these products.
@@ -175,6 +204,21 @@ inline Held* take_registers(Warpgroup& group, int accumulator, float* registers,
   return &group.lanes[lane].held.back();
 }
 
+// What a thread's four registers of A bring: 4 bytes each, which lie one after the other in a row.
+inline void keep_fragment(Product& product, const std::uint32_t* fragment) {
+  const int index = host_shim::current % kThreads;
+  const Factor factor = product.instruction.factor;
+  const int each = 4 / bytes_of(factor);  // elements of a register
+  for (int number = 0; number < 4; ++number) {
+    const int row = index / 32 * 16 + index % 32 / 4 + number % 2 * 8, first = (index % 4 + number / 2 * 4) * each;
+    unsigned char bytes[4];
+    std::memcpy(bytes, &fragment[number], 4);
+    for (int e = 0; e < each; ++e) {
+      product.fragment[row * depth_of(factor) + first + e] = widen(factor, bytes + e * bytes_of(factor));
+    }
+  }
+}
+
 inline void issue_product(const Instruction& instruction, float* registers, const std::uint32_t* fragment) {
   if (static_cast<std::size_t>(host_shim::current / kThreads) >= warpgroups.size())
     fail("a product by half a warpgroup");
@@ -198,21 +242,18 @@ inline void issue_product(const Instruction& instruction, float* registers, cons
   if (!held) held = take_registers(group, product.accumulator, registers, instruction.columns);
   held->last = lane.issued++;
   ++product.threads;
-  const int index = host_shim::current % kThreads;
-  for (int i = 0; fragment && i < 8; ++i) {  // registers 0 to 3, of each the lower half first
-    const int row = index / 32 * 16 + index % 32 / 4 + i / 2 % 2 * 8, depth = index % 4 * 2 + i % 2 + i / 4 * 8;
-    product.fragment[row * kDepth + depth] = widen_bfloat16(static_cast<std::uint16_t>(fragment[i / 2] >> i % 2 * 16));
-  }
+  if (fragment) keep_fragment(product, fragment);
 }
 
 inline void work_out(Warpgroup& group, const Product& product) {
-  static float a[kRows * kDepth], b[kDepth * 256];
+  static float a[kRows * kMostDepth], b[kMostDepth * kMostColumns];
   const Instruction& given = product.instruction;
   std::vector<float>& sum = group.sums[product.accumulator].values;
   if (!given.accumulate) std::fill(sum.begin(), sum.end(), 0.0f);
-  if (!given.a_in_registers) read_operand(decode(given.a, true), kRows, a, kDepth, 1);
-  read_operand(decode(given.b, given.b_major_is_depth), given.columns, b, 1, given.columns);
-  multiply_add(given.a_in_registers ? product.fragment : a, b, sum.data(), given.columns);
+  const int depth = depth_of(given.factor);
+  if (!given.a_in_registers) read_operand(decode(given.a, true), given.factor, kRows, a, depth, 1);
+  read_operand(decode(given.b, given.b_major_is_depth), given.factor, given.columns, b, 1, given.columns);
+  multiply_add(given.a_in_registers ? product.fragment : a, b, sum.data(), given.columns, depth);
 }
 
 // The thread's registers get the sums that no younger product still works on.

@@ -56,8 +56,11 @@ enum class Waiting { kNo, kWarp, kBlock, kOther };
 
 // Emulates more than CUDA C++: other things to wait for, and work that goes on beside the threads.
 struct Extension {
+  virtual void begin_launch() = 0;
+  virtual void end_launch() = 0;
   virtual void begin_block(int threads) = 0;
   virtual void end_block() = 0;
+  virtual void ran(int thread) = 0;  // until it waits, or ends
   // Whether that for which this thread waits (Waiting::kOther) has come.
   virtual bool ready(int thread) = 0;
   // No thread can run: does one piece of the work under way. False where there is none.
@@ -219,6 +222,7 @@ inline void run_block() {
       if (fiber.waiting != Waiting::kNo) continue;
       thread_index = fiber.index;
       run_current();
+      if (extension) extension->ran(current);
       ran = true;
     }
     if (all_done) break;
@@ -246,6 +250,7 @@ void launch(Kernel kernel, dim3 grid, dim3 block, int shared_bytes, const Args&.
   failure.clear();
   try {
     check_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
+    if (extension) extension->begin_launch();
     for (unsigned int z = 0; z < grid.z; ++z) {
       for (unsigned int y = 0; y < grid.y; ++y) {
         for (unsigned int x = 0; x < grid.x; ++x) {
@@ -254,6 +259,7 @@ void launch(Kernel kernel, dim3 grid, dim3 block, int shared_bytes, const Args&.
         }
       }
     }
+    if (extension) extension->end_launch();
   } catch (const Failed&) {
     std::fprintf(stderr, "host shim: %s\n", failure.c_str());
   }
