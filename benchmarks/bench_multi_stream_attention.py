@@ -7,9 +7,10 @@ The cases are no mask, one stream missing (a mask `[B,G]`) and streams that see 
 mask is made before the clock starts; `mask_mb` is its size. TFLOP/s counts products between tokens that see each other:
 4 * pairs * heads * d forward, and 2.5 times as many more backward. bfloat16 on a GPU, float32 on a CPU.
 
-"group mask" is what a caller gets. On a Hopper GPU "kernel" and "reference" are the choices by name, forward only, so
-that the dense case can be decided by what it measures (DENSE_BY_KERNEL in u4d_fast/ops/multi_stream_attention.py) and
-the masked ones be compared per executed FLOP with the dense one.
+"group mask" is what a caller gets. On a Hopper GPU "kernel" and "reference" are the choices by name, so that the dense
+case can be decided by what it measures (DENSE_BY_KERNEL in u4d_fast/ops/multi_stream_attention.py) and the masked ones
+be compared per executed FLOP with the dense one. The kernels of the gradient compute the scores and their gradients
+twice: `executed_tflop_per_s` counts 3.5 times as many products backward as forward.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ STREAMS = 4
 MISSING = 1  # depth
 TOKEN_PIXELS = 16  # a patch is 2x2 latent cells of 8x8 pixels
 BACKWARD_FLOPS = 2.5  # five products of the size of the forward pass's two
+EXECUTED_BACKWARD = 3.5  # seven: those of keys and those of queries each compute two of the five for themselves
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 Version = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -106,19 +108,20 @@ def main() -> None:
         seen = 1.0 if token_mask is None else token_mask.double().mean().item()
         flops = 4 * seen * qkv[0].numel() * qkv[0].shape[1]
         mask_mb = {"torch, token mask": 0.0 if token_mask is None else token_mask.numel() / 1e6}
-        for what, run, work in (
-            ("forward", forward, flops),
-            ("forward + backward", forward_backward, (1 + BACKWARD_FLOPS) * flops),
+        for what, run, backward, executed in (
+            ("forward", forward, 0.0, 0.0),
+            ("forward + backward", forward_backward, BACKWARD_FLOPS, EXECUTED_BACKWARD),
         ):
-            measured_versions = versions | by_name if run is forward else versions
-            calls = {version: partial(run, call, qkv) for version, call in measured_versions.items()}
+            calls = {version: partial(run, call, qkv) for version, call in (versions | by_name).items()}
             for call in calls.values():
                 harness.check_close(calls["torch, token mask"](), call(), TOLERANCE[qkv[0].dtype], name)
             times = harness.measure(calls, options.device, options.rounds)
             for version in calls:
-                speed = work / (statistics.median(times[version]) * 1e-3) / 1e12
+                speed = flops / (statistics.median(times[version]) * 1e-3) / 1e12
                 case = f"{preset.name} x {options.batch}, {name}, {what}"
-                measured = {"tflop_per_s": speed, "mask_mb": mask_mb.get(version, 0.0)}
+                measured = {"tflop_per_s": (1 + backward) * speed, "mask_mb": mask_mb.get(version, 0.0)}
+                if version == "kernel":
+                    measured["executed_tflop_per_s"] = (1 + executed) * speed
                 rows.append(harness.row(case, version, times[version], **measured))
     harness.show("multi_stream_attention", rows, options)
 

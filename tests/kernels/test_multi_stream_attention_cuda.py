@@ -223,13 +223,14 @@ def test_nothing_is_waited_for(name: str, mask_device: str) -> None:
 # The choice.
 
 
-def test_auto_takes_the_kernel_for_masks_without_gradients() -> None:
+def test_auto_takes_the_kernel_for_masks() -> None:
     given, mask = cuda_qkv(13, BATCH, GROUPS * 30, 2, 64), existing(1)
     assert torch.equal(multi_stream_attention(*given, 30, mask), attention_with_lse(*given, 30, mask)[0])
     by_reference = reference_attention(*given, 30, mask)
     assert torch.equal(multi_stream_attention(*given, 30, mask, backend="reference"), by_reference)
     leaves = [x.clone().requires_grad_() for x in given]
-    assert torch.equal(multi_stream_attention(*leaves, 30, mask), by_reference)
+    assert torch.equal(multi_stream_attention(*leaves, 30, mask), attention_with_lse(*given, 30, mask)[0])
+    assert torch.equal(multi_stream_attention(*leaves, 30), reference_attention(*given, 30))
     dense = attention_with_lse(*given, 30, None)[0] if DENSE_BY_KERNEL else reference_attention(*given, 30)
     assert torch.equal(multi_stream_attention(*given, 30), dense)
     assert u4d_fast.info()["ops"]["multi_stream_attention"]["cuda"] == {"backend": "cuda", "reason": ""}
@@ -242,18 +243,6 @@ def test_what_the_kernel_does_not_take() -> None:
         with pytest.raises(u4d_fast.BackendError, match=reason):
             multi_stream_attention(*given, 4, mask, backend="cuda")
         assert torch.equal(multi_stream_attention(*given, 4, mask), reference_attention(*given, 4, mask))
-
-
-@pytest.mark.parametrize("name", ["none", "existing", "pairs 0"])
-def test_gradients_are_the_references(name: str) -> None:
-    given, mask = cuda_qkv(15, BATCH, GROUPS * 30, 2, 64), MASKS[name]()
-    grads = []
-    for backend in ("cuda", "reference"):
-        leaves = [x.clone().requires_grad_() for x in given]
-        out = multi_stream_attention(*leaves, 30, mask, backend=backend)
-        grads.append(torch.autograd.grad(out.float().sum(), leaves))
-    for found, expected in zip(*grads, strict=True):
-        torch.testing.assert_close(found, expected, rtol=0.1, atol=2e-2)
 
 
 @pytest.mark.parametrize("backend", ["auto", "cuda", "reference"])

@@ -50,6 +50,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Every query sees every key: `[B,T,heads,d]`, `[B,L,heads,d]` twice -> `[B,T,heads,d]`."""
     # Memory-saving implementations want neighbouring channels; torch would fall back to one that stores T x L weights.
     q, k, v = ((x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in (q, k, v))
+    if not q.numel():  # torch 2.11's fused kernel divides by zero there, which ends the process
+        return (torch.softmax(q @ k.mT, -1) @ v).transpose(1, 2)
     return scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
@@ -63,6 +65,28 @@ def attend_as_planned(q: Tensor, k: Tensor, v: Tensor, batches: Sequence[Batch])
         attended = [(part.queries, attend_part(queries, keys, values, part)) for part in batch.parts]
         pieces.append((batch.clips, join(attended, 1)))
     return join(pieces, 0)
+
+
+def log_sum_exp(q: Tensor, k: Tensor, group_size: int, group_mask: Tensor | None = None) -> Tensor:
+    """log(sum(exp(scores))) over what each query sees: `[B,heads,T]`, float32, -inf where it sees nothing.
+
+    The specification of the kernels' second result. Unlike an attention it stores scores: those of a part and a head.
+    """
+    batch, tokens, heads, dim = q.shape
+    if not q.numel():
+        return q.new_full((batch, heads, tokens), -torch.inf, dtype=torch.float32)
+    if group_mask is None:
+        group_mask, group_size = torch.ones(batch, 1, dtype=torch.bool), tokens
+    q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+    pieces = []
+    for clips in plan(group_mask, group_size):
+        queries, keys = take(q, clips.clips, 0), take(k, clips.clips, 0)
+        sums = []
+        for part in clips.parts:
+            pairs = zip(take(queries, part.queries, 1).unbind(2), take(keys, part.keys, 1).unbind(2), strict=True)
+            sums.append((part.queries, torch.stack([(a @ b.mT / dim**0.5).logsumexp(-1) for a, b in pairs], 2)))
+        pieces.append((clips.clips, join(sums, 1)))
+    return join(pieces, 0).float().transpose(1, 2).contiguous()
 
 
 def attend_part(q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:

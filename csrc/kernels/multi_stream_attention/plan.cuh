@@ -39,6 +39,12 @@ inline PlanSizes plan_sizes(int64_t groups, int64_t group_size, bool by_query) {
   return sizes;
 }
 
+// Whether the tiles of all clips and heads can be counted as QueryTiles does.
+inline bool countable(int64_t batch, int64_t heads, const PlanSizes& sizes) {
+  constexpr int64_t kMost = int64_t(1) << 31;
+  return batch < kMost && heads < kMost && batch * heads < kMost / sizes.max_tiles;
+}
+
 __device__ __forceinline__ bool same_rows(const uint8_t* a, const uint8_t* b, const GroupMask& mask, int groups) {
   bool same = true;
   for (int key = 0; key < groups; ++key) {
@@ -62,6 +68,8 @@ __device__ __forceinline__ void list_runs(const uint8_t* row, const GroupMask& m
 }
 
 constexpr int kPlanThreads = 256;
+
+namespace {  // more than one op has this kernel
 
 // One block per clip.
 __global__ __launch_bounds__(kPlanThreads) void plan_kernel(GroupMask mask, PlanSizes sizes, int32_t* plan) {
@@ -105,6 +113,8 @@ __global__ __launch_bounds__(kPlanThreads) void plan_kernel(GroupMask mask, Plan
   }
 }
 
+}  // namespace
+
 // A tile of queries of one head.
 struct QueryTile {
   int clip, head;
@@ -118,7 +128,7 @@ struct QueryTiles {
   const int32_t* plan;
   int64_t stride;
   int batch, heads;
-  int64_t next;  // counted from the first tile of `clip`
+  unsigned next;  // counted from the first tile of `clip`
   int clip;
 
   __device__ __forceinline__ QueryTiles(const int32_t* plan_, int64_t stride_, int batch_, int heads_)
@@ -127,10 +137,10 @@ struct QueryTiles {
   __device__ __forceinline__ bool take(QueryTile* tile) {
     for (; clip < batch; ++clip) {
       const int32_t* mine = plan + clip * stride;
-      const int64_t tiles = int64_t(mine[0]) * heads;
+      const auto of_head = static_cast<unsigned>(mine[0]), tiles = of_head * heads;
       if (next < tiles) {
-        const int32_t* entry = mine + 1 + 3 * (next % mine[0]);
-        *tile = {clip, static_cast<int>(next / mine[0]), entry[0], entry[1], mine + entry[2]};
+        const int32_t* entry = mine + 1 + 3 * (next % of_head);
+        *tile = {clip, static_cast<int>(next / of_head), entry[0], entry[1], mine + entry[2]};
         next += gridDim.x;
         return true;
       }
@@ -140,24 +150,32 @@ struct QueryTiles {
   }
 };
 
-// Walks through a key list, kTile keys at a time.
-template <int kTile>
+// Walks through a key list, kTile keys at a time. A run's first tile begins at a multiple of kAlignment, and so perhaps
+// with keys that belong to others.
+template <int kTile_, int kAlignment = 1>
 struct KeyTiles {
+  static constexpr int kTile = kTile_;
   const int32_t* run;
   int runs;  // the one at hand and those after it
   int first, end;
 
   __device__ __forceinline__ explicit KeyTiles(const int32_t* list) : run(list + 1), runs(list[0]), first(0), end(0) {
-    if (runs > 0) first = run[0], end = run[1];
+    begin_run();
   }
   __device__ __forceinline__ bool any() const { return runs > 0; }
   __device__ __forceinline__ bool last() const { return runs == 1 && end - first <= kTile; }
   __device__ __forceinline__ int count() const { return end - first < kTile ? end - first : kTile; }
+  // Keys of the tile that come before the run.
+  __device__ __forceinline__ int before() const { return kAlignment == 1 || first >= run[0] ? 0 : run[0] - first; }
   __device__ __forceinline__ void advance() {
     first += kTile;
     if (first < end) return;
     run += 2;
-    if (--runs > 0) first = run[0], end = run[1];
+    --runs;
+    begin_run();
+  }
+  __device__ __forceinline__ void begin_run() {
+    if (runs > 0) first = run[0] / kAlignment * kAlignment, end = run[1];
   }
 };
 

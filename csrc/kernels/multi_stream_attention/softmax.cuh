@@ -28,31 +28,43 @@ __device__ __forceinline__ float sum_of_four_threads(float x) {
 
 // Keys from `count` on belong to others.
 template <int kCount>
-__device__ __forceinline__ void hide_columns_from(int count, float (&scores)[kCount]) {
+__device__ __forceinline__ void hide_columns_from(int count, float (&scores)[kCount], float hidden = -INFINITY) {
   const int first = 2 * static_cast<int>(threadIdx.x % 4);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    if (8 * (i / 4) + first + i % 2 >= count) scores[i] = -INFINITY;
+    if (8 * (i / 4) + first + i % 2 >= count) scores[i] = hidden;
   }
 }
 
-// Scores -> weights exp2(scale (score - largest)), in place. `shrink` is what earlier results have to be multiplied by.
+// Keys before `count` do.
 template <int kCount>
-__device__ __forceinline__ void to_weights(float scale, float (&scores)[kCount], RowState& state, float (&shrink)[2]) {
+__device__ __forceinline__ void hide_columns_before(int count, float (&scores)[kCount]) {
+  const int first = 2 * static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (8 * (i / 4) + first + i % 2 < count) scores[i] = -INFINITY;
+  }
+}
+
+// Scores -> weights exp2(scale (score - largest) + kExponent), in place; each row has its scale. `shrink` is what
+// earlier results have to be multiplied by.
+template <int kExponent, int kCount>
+__device__ __forceinline__ void to_weights(const float (&scale)[2], float (&scores)[kCount], RowState& state,
+                                           float (&shrink)[2]) {
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     float largest = state.largest[row];
 #pragma unroll
     for (int i = 2 * row; i < kCount; i += 4) largest = fmaxf(largest, fmaxf(scores[i], scores[i + 1]));
     largest = max_of_four_threads(largest);
-    shrink[row] = hopper::exp2_approx(scale * (state.largest[row] - largest));
+    shrink[row] = hopper::exp2_approx(scale[row] * (state.largest[row] - largest));
     state.largest[row] = largest;
-    const float shift = scale * largest;
+    const float shift = scale[row] * largest - kExponent;
     float sum = 0.0f;
 #pragma unroll
     for (int i = 2 * row; i < kCount; i += 4) {
-      scores[i] = hopper::exp2_approx(fmaf(scale, scores[i], -shift));
-      scores[i + 1] = hopper::exp2_approx(fmaf(scale, scores[i + 1], -shift));
+      scores[i] = hopper::exp2_approx(fmaf(scale[row], scores[i], -shift));
+      scores[i + 1] = hopper::exp2_approx(fmaf(scale[row], scores[i + 1], -shift));
       sum += scores[i] + scores[i + 1];
     }
     state.sum[row] = fmaf(state.sum[row], shrink[row], sum);
@@ -71,5 +83,46 @@ __device__ __forceinline__ void multiply_rows(const float (&factor)[2], float (&
 #pragma unroll
   for (int i = 0; i < kCount; ++i) results[i] *= factor[i / 2 % 2];
 }
+
+// How weights times values become results, where the tensor cores keep float32: they add to the results themselves.
+template <int kCount>
+struct SumInCores {
+  using Registers = float[kCount];
+  Registers results;
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) results[i] = 0.0f;
+  }
+  // Where the products of the tile at hand go.
+  __device__ __forceinline__ Registers& products() { return results; }
+  // These products are complete, and what comes next is relative to another largest score.
+  __device__ __forceinline__ void take(const float (&shrink)[2]) { multiply_rows(shrink, results); }
+  // The last products are complete.
+  __device__ __forceinline__ void finish() {}
+};
+
+// Where they do not, each tile's products begin at zero and are added here.
+template <int kCount>
+struct SumOfTiles {
+  using Registers = float[kCount];
+  Registers results, tile;
+  float factor[2];  // that the results have to be multiplied by
+
+  __device__ __forceinline__ void clear() {
+    factor[0] = factor[1] = 1.0f;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) results[i] = 0.0f;
+  }
+  __device__ __forceinline__ Registers& products() { return tile; }
+  __device__ __forceinline__ void take(const float (&shrink)[2]) {
+    finish();
+    factor[0] = shrink[0], factor[1] = shrink[1];
+  }
+  __device__ __forceinline__ void finish() {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) results[i] = fmaf(results[i], factor[i / 2 % 2], tile[i]);
+  }
+};
 
 }  // namespace u4d

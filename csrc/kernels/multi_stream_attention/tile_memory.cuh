@@ -1,16 +1,13 @@
 // The attention kernel's shared memory, and the thread that fills it.
 #pragma once
 
-#include "kernels/common/hopper.h"
-#include "kernels/multi_stream_attention/plan.cuh"
+#include "kernels/multi_stream_attention/tile_rows.cuh"
 
 namespace u4d {
 
-constexpr int kConsumers = 2;  // warpgroups that compute, each for half of the queries of a tile
-constexpr int kConsumerRows = kAttentionQueryTile / kConsumers;
-constexpr int kKeyTile = 176;      // 88 scores a thread: with 64 results and 44 packed weights just under 240 registers
-constexpr int kChannelBlock = 64;  // channels of a 128-byte row of shared memory
-constexpr int kRowBytes = 128;
+// Named barriers; 0 is __syncthreads'. One of each for each consumer.
+constexpr int kTailBarrier = 1;
+constexpr int kTurnBarrier = kTailBarrier + kConsumers;
 
 struct AttentionProblem {
   const int32_t* plan;
@@ -21,14 +18,12 @@ struct AttentionProblem {
   float* lse;
 };
 
-// Rows of 64 channels, all rows of a tile for the first 64 channels and then for the next; 16-byte pieces permuted.
-template <int kDim>
+// A tile of queries, stages of tiles of keys and of values, and the barriers of all these.
+template <int kQueryBytes_, int kKeyBytes_, int kStages_>
 struct TileMemory {
-  static constexpr int kStages = kDim == 64 ? 4 : 2;
-  static constexpr int kQueryBlock = kAttentionQueryTile * kRowBytes;
-  static constexpr int kKeyBlock = kKeyTile * kRowBytes;
-  static constexpr int kQueryBytes = kDim / kChannelBlock * kQueryBlock;
-  static constexpr int kKeyBytes = kDim / kChannelBlock * kKeyBlock;
+  static constexpr int kQueryBytes = kQueryBytes_;
+  static constexpr int kKeyBytes = kKeyBytes_;  // of the values, too
+  static constexpr int kStages = kStages_;
   static constexpr int kAlignment = 1024;
   static constexpr int kBarriers = 2 + 4 * kStages;
   static constexpr int kBytes = kAlignment + kQueryBytes + 2 * kStages * kKeyBytes + kBarriers * 8;
@@ -54,64 +49,37 @@ struct TileMemory {
 
   // By one thread.
   __device__ __forceinline__ void init_barriers() const {
-    constexpr unsigned kWarps = kConsumers * hopper::kWarpgroup / kWarp;
     hopper::barrier_init(queries_full(), 1);
-    hopper::barrier_init(queries_empty(), kWarps);
+    hopper::barrier_init(queries_empty(), kConsumerWarps);
     for (int stage = 0; stage < kStages; ++stage) {
       hopper::barrier_init(keys_full(stage), 1);
       hopper::barrier_init(values_full(stage), 1);
-      hopper::barrier_init(keys_empty(stage), kWarps);
-      hopper::barrier_init(values_empty(stage), kWarps);
+      hopper::barrier_init(keys_empty(stage), kConsumerWarps);
+      hopper::barrier_init(values_empty(stage), kConsumerWarps);
     }
     hopper::fence_barrier_init();
   }
 };
 
-// A place in the ring of stages; the parity is that of the barriers' phase.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  unsigned parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage < kStages) return;
-    stage = 0;
-    parity ^= 1;
-  }
-};
-
-template <int kDim>
-__device__ __forceinline__ void load_rows(unsigned char* shared, int block_bytes, const CUtensorMap* map,
-                                          uint64_t* full, int head, int row, int clip) {
-  hopper::barrier_arrive_expect(full, kDim / kChannelBlock * block_bytes);
-  for (int block = 0; block < kDim / kChannelBlock; ++block) {
-    hopper::tma_load_4d(shared + block * block_bytes, map, full, block * kChannelBlock, head, row, clip);
-  }
-}
-
 // One thread of the block: brings what the others compute with, as far ahead as there is room.
-template <int kDim>
-__device__ __forceinline__ void produce(const TileMemory<kDim>& memory, const CUtensorMap* q_map,
+template <class Products>
+__device__ __forceinline__ void produce(const typename Products::Memory& memory, const CUtensorMap* q_map,
                                         const CUtensorMap* k_map, const CUtensorMap* v_map,
                                         const AttentionProblem& problem) {
-  using Memory = TileMemory<kDim>;
-  Ring<Memory::kStages> ring;
+  Ring<Products::Memory::kStages> ring;
   unsigned query_parity = 0;
   QueryTiles tiles(problem.plan, problem.plan_stride, problem.batch, problem.heads);
   for (QueryTile tile; tiles.take(&tile);) {
-    KeyTiles<kKeyTile> keys(tile.keys);
+    typename Products::Keys keys(tile.keys);
     if (!keys.any()) continue;
     hopper::barrier_wait(memory.queries_empty(), query_parity ^ 1);
-    load_rows<kDim>(memory.queries(), Memory::kQueryBlock, q_map, memory.queries_full(), tile.head, tile.first,
-                    tile.clip);
+    Products::load_queries(memory, q_map, tile);
     query_parity ^= 1;
     for (; keys.any(); keys.advance(), ring.advance()) {
       hopper::barrier_wait(memory.keys_empty(ring.stage), ring.parity ^ 1);
-      load_rows<kDim>(memory.keys(ring.stage), Memory::kKeyBlock, k_map, memory.keys_full(ring.stage), tile.head,
-                      keys.first, tile.clip);
+      Products::load_keys(memory, ring.stage, k_map, tile, keys.first);
       hopper::barrier_wait(memory.values_empty(ring.stage), ring.parity ^ 1);
-      load_rows<kDim>(memory.values(ring.stage), Memory::kKeyBlock, v_map, memory.values_full(ring.stage), tile.head,
-                      keys.first, tile.clip);
+      Products::load_values(memory, ring.stage, v_map, tile, keys.first);
     }
   }
 }

@@ -23,6 +23,7 @@ def attention_ops() -> list[Any]:
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
         torch.ops.u4d_fast.multi_stream_attention.default,
+        torch.ops.u4d_fast.multi_stream_attention_with_lse.default,
     ]
 
 
