@@ -52,7 +52,7 @@ class Peers:
 
     def __init__(self, options: argparse.Namespace) -> None:
         config = presets.PRESETS[options.preset or ("wan-1.3b" if options.device == "cuda" else "tiny")]().transformer
-        self.device, self.sustain = options.device, options.sustain
+        self.options, self.device, self.sustain = options, options.device, options.sustain
         self.dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
         self.frames = latent_frames(config.num_frames)
         self.group_size = (config.image_size[0] // TOKEN_PIXELS) * (config.image_size[1] // TOKEN_PIXELS)
@@ -80,6 +80,7 @@ class Peers:
         if self.peak:
             notes["of_peak"] = rate / self.peak
         self.rows.append(harness.row(case, version, times, **notes, **state))
+        harness.keep("attention", self.rows, self.options, self.skipped)
         return self.rows[-1].ms
 
     def dense(self, batches: list[int]) -> None:
@@ -98,7 +99,7 @@ class Peers:
                 try:
                     medians[name] = self.one_backend(name, batch, (q, k, v), rows, expected)
                 except Exception as error:  # a library that breaks here is one that is not measured
-                    self.skipped[f"{name}, batch {batch}"] = reason_of(error)
+                    self.skipped[f"{name}, batch {batch}"] = harness.reason_of(error)
                     torch.cuda.empty_cache()  # it may have been too large for the memory
             chosen = [name for name, ms in medians.items() if ms <= SLOWEST * min(medians.values())]
 
@@ -130,11 +131,11 @@ class Peers:
             try:
                 others[flex_name(self.device)] = flex_version(mask, self.group_size, self.tokens, self.device)
             except Exception as error:
-                self.skipped["FlexAttention"] = reason_of(error)
+                self.skipped["FlexAttention"] = harness.reason_of(error)
             flops = self.flops(1) * mask.double().mean().item()
             for what, ours_name, run, work in (
-                ("forward", "u4d kernel" if by_kernel else "u4d reference", forward_only, flops),
-                ("forward + backward", "u4d", forward_backward, (1 + BACKWARD_FLOPS) * flops),
+                ("forward", "u4d kernel" if by_kernel else "u4d reference", harness.forward, flops),
+                ("forward + backward", "u4d", harness.forward_backward, (1 + BACKWARD_FLOPS) * flops),
             ):
                 self.masked_case(f"mask {name}", what, {ours_name: ours, **others}, run, qkv, work)
 
@@ -147,7 +148,7 @@ class Peers:
             try:
                 found = run(call, qkv)
             except Exception as error:
-                self.skipped[f"{version}, {what}"] = reason_of(error)
+                self.skipped[f"{version}, {what}"] = harness.reason_of(error)
                 continue
             expected = expected or found
             apart = max(relative_distance(a, b) for a, b in zip(found, expected, strict=True))
@@ -202,23 +203,6 @@ def compiled_flex() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)
-
-
-def forward_only(version: Version, qkv: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    with torch.no_grad():
-        return (version(*qkv),)
-
-
-def forward_backward(version: Version, qkv: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The gradients of q, k and v."""
-    leaves = [x.detach().requires_grad_() for x in qkv]
-    attended = version(*leaves)
-    return torch.autograd.grad(attended, leaves, torch.ones_like(attended))
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of what it says."""
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def main() -> None:

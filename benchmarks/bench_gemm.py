@@ -10,6 +10,7 @@ float32 on a CPU. In fp8 every row of x and every output channel has a scale of 
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from u4d import presets
+from u4d_fast.fp8 import Fp8Rows
+from u4d_fast.ops.grouped_linear import grouped_linear, grouped_linear_fp8
 from u4d_fast.time_layout import latent_frames
 
 STREAMS = 4
@@ -52,8 +55,9 @@ def layers(config: presets.TransformerConfig) -> list[Layer]:
 
 
 def half_versions(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """In the dtype of x: torch's batched product without and with bias, one stream after the other, torch's grouped."""
+    """In the dtype of x: ours, torch's batched product without and with bias, stream by stream, torch's grouped."""
     return {
+        "ours": lambda: grouped_linear(x, weight, bias, backend="cuda"),
         "bmm": lambda: torch.bmm(x, weight.mT),
         "baddbmm": lambda: torch.baddbmm(bias[:, None], x, weight.mT),
         "addmm, stream by stream": lambda: by_stream(x, weight, bias),
@@ -90,7 +94,12 @@ def fp8_versions(x: Tensor, weight: Tensor) -> dict[str, Callable[[], Tensor]]:
         scales = a_scale.squeeze(-1).contiguous(), w_scale.squeeze(-1).contiguous()
         return torch._scaled_grouped_mm(a, w.mT, *scales, **by_row)
 
-    return {"fp8 scaled_mm, stream by stream": scaled_by_stream, "fp8 scaled_grouped_mm": grouped}
+    rows = Fp8Rows(a, a_scale.squeeze(-1).contiguous()), Fp8Rows(w, w_scale.squeeze(-1).contiguous())
+    return {
+        "fp8 ours": lambda: grouped_linear_fp8(*rows, backend="cuda"),
+        "fp8 scaled_mm, stream by stream": scaled_by_stream,
+        "fp8 scaled_grouped_mm": grouped,
+    }
 
 
 def square_products(size: int, dtype: torch.dtype, device: str) -> dict[str, Callable[[], Tensor]]:
@@ -107,8 +116,8 @@ def square_products(size: int, dtype: torch.dtype, device: str) -> dict[str, Cal
 class Products:
     """Rows, and what could not be measured, as they come."""
 
-    def __init__(self, device: str, sustain: float) -> None:
-        self.device, self.sustain = device, sustain
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.device, self.sustain = options, options.device, options.sustain
         self.rows: list[harness.Row] = []
         self.skipped: dict[str, str] = {}
         self.best: dict[bool, float] = {}  # FLOP/s of the square product; the key: is it fp8
@@ -123,7 +132,7 @@ class Products:
         try:
             found = call()
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-            self.skipped[version] = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+            self.skipped[version] = harness.reason_of(error).split(". ")[0]
             return
         if expected is not None:
             error = float((found.float() - expected.float()).norm() / expected.float().norm())
@@ -137,6 +146,7 @@ class Products:
         if in_fp8 in self.best:
             notes["of_square"] = rate / self.best[in_fp8]
         self.rows.append(harness.row(case, version, times, **notes))
+        harness.keep("gemm", self.rows, self.options, self.skipped)
 
 
 def main() -> None:
@@ -150,7 +160,7 @@ def main() -> None:
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     height, width = (size // TOKEN_PIXELS for size in config.image_size)
     tokens = latent_frames(config.num_frames) * height * width
-    products = Products(options.device, options.sustain)
+    products = Products(options)
     size = SQUARE[options.device]
     for version, call in square_products(size, dtype, options.device).items():
         products.measure(f"{size} x {size} x {size}", version, call, 2.0 * size**3, None)

@@ -7,22 +7,11 @@ from __future__ import annotations
 
 import harness
 import torch
-from torch import Tensor
 
+from u4d.commands.op_cases import camera_path
 from u4d_fast import pack_rays, reference
 
 CASES = [(1, 50, 240, 320), (16, 50, 240, 320), (1, 18, 96, 128)]  # wan-1.3b, 16 candidates of it, tiny
-
-
-def cameras(batch: int, frames: int, height: int, width: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A path of cameras that turn and move."""
-    angle = torch.linspace(0.0, 1.0, frames)
-    pose = torch.eye(4).repeat(batch, frames, 1, 1)
-    pose[..., 0, 0] = pose[..., 2, 2] = angle.cos()
-    pose[..., 0, 2], pose[..., 2, 0] = angle.sin(), -angle.sin()
-    pose[..., 0, 3] = angle
-    intrinsics = torch.tensor([[0.9 * width, 0, width / 2], [0, 0.9 * width, height / 2], [0, 0, 1]])
-    return intrinsics.repeat(batch, frames, 1, 1).to(device), pose.to(device), torch.ones(batch, device=device)
 
 
 def main() -> None:
@@ -32,7 +21,7 @@ def main() -> None:
     compiled = torch.compile(reference.pack_rays, dynamic=False)
     rows = []
     for case in CASES:
-        given = cameras(*case, options.device)
+        given = camera_path(*case, options.device)
         size = case[2:]
         versions = {
             f"{options.device} kernel": lambda given=given, size=size: pack_rays(*given, size, backend=options.device),

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,30 +29,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from u4d.commands.op_cases import Clip, wavy_clip
 from u4d_fast import reference, reprojection_error
 
-ANCHORS, HEIGHT, WIDTH = 8, 240, 320
+HEIGHT, WIDTH = 240, 320
 OCCLUSION = 0.05
-Clip = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def make_clip(batch: int, height: int, width: int, device: str) -> Clip:
-    """Smooth noise over a wavy surface, seen by cameras that move sideways and turn; all ordered pairs of anchors."""
-    g = torch.Generator().manual_seed(0)
-    coarse = torch.rand(batch * ANCHORS, 4, 15, 20, generator=g)
-    fine = functional.interpolate(coarse, size=(height, width), mode="bicubic").unflatten(0, (batch, ANCHORS))
-    rgb, depth = fine[:, :, :3].clamp(0, 1).contiguous(), (2.0 + 0.5 * fine[:, :, 3]).contiguous()
-    intrinsics = torch.tensor([[0.9 * width, 0, width / 2], [0, 0.9 * width, height / 2], [0, 0, 1]])
-    cam_to_world = torch.eye(4).repeat(batch, ANCHORS, 1, 1)
-    for k in range(ANCHORS):
-        angle = 0.02 * k
-        cam_to_world[:, k, 0, 0] = cam_to_world[:, k, 2, 2] = math.cos(angle)
-        cam_to_world[:, k, 0, 2], cam_to_world[:, k, 2, 0] = math.sin(angle), -math.sin(angle)
-        cam_to_world[:, k, 0, 3] = 0.05 * k
-    pairs = torch.tensor([(i, j) for i in range(ANCHORS) for j in range(ANCHORS) if i != j])
-    parts = (rgb, depth, intrinsics.repeat(batch, ANCHORS, 1, 1), cam_to_world, pairs)
-    rgb, depth, intrinsics, cam_to_world, pairs = (part.to(device) for part in parts)
-    return rgb, depth, intrinsics, cam_to_world, pairs
 
 
 def kernel(clip: Clip) -> tuple[Tensor, Tensor]:
@@ -137,8 +117,8 @@ def status_bytes(field: str) -> int:
 def peak_memory(name: str, batch: int, device: str) -> int:
     """Bytes that one call needs at its peak beyond its inputs. To be called in a fresh process."""
     version = VERSIONS[name]
-    version(make_clip(batch, 16, 16, device))
-    clip = make_clip(batch, HEIGHT, WIDTH, device)
+    version(wavy_clip(batch, 16, 16, device))
+    clip = wavy_clip(batch, HEIGHT, WIDTH, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -175,7 +155,7 @@ def main() -> None:
     if options.measure_memory_of:
         print(peak_memory(options.measure_memory_of, options.batch, options.device))
         return
-    clip = make_clip(options.batch, HEIGHT, WIDTH, options.device)
+    clip = wavy_clip(options.batch, HEIGHT, WIDTH, options.device)
     check(clip)
     versions = {name: partial(version, clip) for name, version in VERSIONS.items()}
     times = harness.measure(versions, options.device, options.rounds)

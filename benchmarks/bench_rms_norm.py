@@ -8,41 +8,24 @@ one read and one write of the activations, and for the gradients two more reads 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import argparse
+import itertools
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import harness
 import torch
 from torch import Tensor
 
 from u4d import presets
+from u4d.commands.op_cases import CASES, Sizes
 from u4d_fast import reference, rms_norm
-from u4d_fast.time_layout import latent_frames
 
-STREAMS = 4
-TOKEN_PIXELS = 16  # a patch is 2x2 latent cells of 8x8 pixels
 DTYPES = (torch.bfloat16, torch.float32)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
-Version = Callable[[Tensor, Tensor], Tensor]
-
-
-def token_shape(config: presets.TransformerConfig, batch: int) -> tuple[int, int, int, int]:
-    """Sizes of a block's activations."""
-    height, width = config.image_size
-    tokens = latent_frames(config.num_frames) * (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
-    return STREAMS, batch, tokens, config.num_attention_heads * config.attention_head_dim
-
-
-def cases(config: presets.TransformerConfig, device: str) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, x, weight) in every dtype and batch size; a CPU is spared the second clip."""
-    g = torch.Generator().manual_seed(0)
-    for dtype in DTYPES:
-        for batch in (1, 2) if device == "cuda" else (1,):
-            shape = token_shape(config, batch)
-            x = torch.randn(shape, generator=g).to(device, dtype)
-            weight = torch.rand(STREAMS, shape[-1], generator=g).to(device, dtype)
-            yield f"{list(shape)} {str(dtype).removeprefix('torch.')}", x, weight
+Version = Callable[..., Tensor]
 
 
 def torchs_own(x: Tensor, weight: Tensor) -> Tensor:
@@ -50,40 +33,61 @@ def torchs_own(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6) * weight[:, None, None]
 
 
-def forward(version: Version, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+def forward(version: Version, x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        return (version(x, weight),)
+        return (version(x, weight, *others),)
 
 
-def forward_backward(version: Version, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of x and weight; x itself is the gradient of the result."""
+def forward_backward(version: Version, x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """The gradients of x and weight; x itself, in the result's shape, is the gradient of the result."""
     leaves = (x.detach().requires_grad_(), weight.detach().requires_grad_())
-    return torch.autograd.grad(version(*leaves), leaves, x)
+    result = version(*leaves, *others)
+    return torch.autograd.grad(result, leaves, x.view(result.shape))
+
+
+def bench(op: str, exact: Version, versions: dict[str, Version], options: argparse.Namespace) -> None:
+    """Time versions of an op of activations and a weight per stream, both ways, in every dtype and batch size.
+
+    Args:
+        op: a name among `CASES`.
+        exact: what the versions must agree with, in float32.
+        versions: by name, the kernel first.
+        options: those of `parse`.
+    """
+    torch.set_num_threads(options.threads)
+    copy_rate = harness.copy_bandwidth(options.device)
+    config = presets.PRESETS[options.preset]().transformer
+    rows = []
+    for dtype, batch in itertools.product(DTYPES, (1, 2) if options.device == "cuda" else (1,)):
+        sizes = Sizes.of(config, batch, dtype, options.device)
+        x, weight, *others = CASES[op].arguments(sizes)
+        for what, run, passes in (("forward", forward, 2), ("forward + backward", forward_backward, 5)):
+            expected = run(exact, x.float(), weight.float(), *others)
+            calls = {key: partial(run, version, x, weight, *others) for key, version in versions.items()}
+            for key, call in calls.items():
+                harness.check_close(expected, call(), TOLERANCE[dtype], key)
+            times = harness.measure(calls, options.device, options.rounds)
+            moved = passes * x.numel() * x.element_size()
+            rows += [harness.row(f"{what}, {sizes}", key, times[key], moved, copy_rate) for key in versions]
+    harness.show(op, rows, options)
+
+
+def parse(description: str) -> argparse.Namespace:
+    """The options of all benchmarks, and whose shapes."""
+    parser = harness.arguments(description)
+    parser.add_argument("--preset", choices=sorted(presets.PRESETS), default="wan-1.3b", help="whose shapes")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = harness.arguments(__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=sorted(presets.PRESETS), default="wan-1.3b", help="whose shapes")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    copy_rate = harness.copy_bandwidth(options.device)
+    options = parse(__doc__.splitlines()[0])
     versions: dict[str, Version] = {
         f"{options.device} kernel": partial(rms_norm, backend=options.device),
         "torch eager": reference.rms_norm,
         "torch.compile": torch.compile(reference.rms_norm, dynamic=False),
         "F.rms_norm * weight": torchs_own,
     }
-    rows = []
-    for name, x, weight in cases(presets.PRESETS[options.preset]().transformer, options.device):
-        for what, run, passes in (("forward", forward, 2), ("forward + backward", forward_backward, 5)):
-            exact = run(reference.rms_norm, x.float(), weight.float())
-            calls = {key: partial(run, version, x, weight) for key, version in versions.items()}
-            for key, call in calls.items():
-                harness.check_close(exact, call(), TOLERANCE[x.dtype], key)
-            times = harness.measure(calls, options.device, options.rounds)
-            moved = passes * x.numel() * x.element_size()
-            rows += [harness.row(f"{what}, {name}", key, times[key], moved, copy_rate) for key in versions]
-    harness.show("rms_norm", rows, options)
+    bench("rms_norm", reference.rms_norm, versions, options)
 
 
 if __name__ == "__main__":

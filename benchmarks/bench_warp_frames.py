@@ -12,10 +12,11 @@ from functools import partial
 
 import harness
 import torch
-from bench_reprojection_error import HEIGHT, OCCLUSION, WIDTH, Clip, make_clip
+from bench_reprojection_error import HEIGHT, OCCLUSION, WIDTH
 from torch import Tensor
 from torch.nn import functional
 
+from u4d.commands.op_cases import Clip, wavy_clip
 from u4d_fast import reference, warp_frames
 
 
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="clips in one call")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    clip = make_clip(options.batch, HEIGHT, WIDTH, options.device)
+    clip = wavy_clip(options.batch, HEIGHT, WIDTH, options.device)
     check(clip)
     rows = []
     for what, run in (("forward", forward), ("forward + backward", forward_backward)):

@@ -1,49 +1,25 @@
-"""Shapes of a transformer block's activations and tables, for the benchmarks of its element-wise ops."""
+"""What the benchmarks of a transformer block's element-wise ops share."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from functools import partial
+from typing import Any
 
 import harness
 import torch
 from torch import Tensor
 
+import u4d_fast
 from u4d import presets
-from u4d_fast.time_layout import latent_frames
+from u4d.commands.op_cases import CASES, STREAMS, Sizes
+from u4d_fast.fp8 import Fp8Rows
 
-STREAMS = 4
-TOKEN_PIXELS = 16  # a patch is 2x2 latent cells of 8x8 pixels
+__all__ = ["STREAMS", "Sizes", "bench_both_ways", "bench_fp8", "bytes_of", "cases", "parse", "rows"]
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-
-
-class Case(NamedTuple):
-    """Activations `[4,batch,frames*patches,width]` of one dtype."""
-
-    batch: int
-    frames: int
-    patches: int
-    width: int
-    hidden: int
-    dtype: torch.dtype
-    device: str
-
-    def __str__(self) -> str:
-        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
-        return f"B={self.batch} F={self.frames} P={self.patches}, {dtype}"
-
-    def activations(self, count: int, width: int | None = None) -> list[Tensor]:
-        """Random rows, `width` columns or the model's."""
-        generator = torch.Generator().manual_seed(0)
-        shape = (STREAMS, self.batch, self.frames * self.patches, width or self.width)
-        return [torch.randn(shape, generator=generator).to(self.device, self.dtype) for _ in range(count)]
-
-    def tables(self, count: int) -> tuple[Tensor, ...]:
-        """The first `count` of a block's six float32 tables, which lie beside each other in memory."""
-        generator = torch.Generator().manual_seed(1)
-        six = torch.randn(STREAMS, self.batch, self.frames, 6, self.width, generator=generator).to(self.device)
-        return six.unbind(-2)[:count]
+FP8_TOLERANCE = 0.05  # half a step of e4m3 is 1/28 of the largest
 
 
 def parse(description: str) -> argparse.Namespace:
@@ -56,31 +32,122 @@ def parse(description: str) -> argparse.Namespace:
     return options
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
+def cases(options: argparse.Namespace) -> Iterator[Sizes]:
     """Both dtypes at every batch size."""
     config = presets.PRESETS[options.preset]().transformer
-    height, width = config.image_size
-    patches = (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
-    channels = config.num_attention_heads * config.attention_head_dim
     for batch in options.batches or ([1, 2] if options.device == "cuda" else [1]):
         for dtype in (torch.bfloat16, torch.float32):
-            frames = latent_frames(config.num_frames)
-            yield Case(batch, frames, patches, channels, config.ffn_dim, dtype, options.device)
+            yield Sizes.of(config, batch, dtype, options.device)
+
+
+def bytes_of(*parts: Any) -> int:
+    """Bytes of tensors and of rows of e4m3; other arguments have none."""
+    tensors = [tensor for part in parts for tensor in (part if isinstance(part, Fp8Rows) else (part,))]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def check(exact: tuple[Tensor, ...], found: tuple[Tensor | Fp8Rows, ...], tolerance: float, name: str) -> None:
+    """Refuse to time what is not right; rows of e4m3 are compared as the numbers that they stand for."""
+    for one, other in zip(exact, found, strict=True):
+        if isinstance(other, Fp8Rows):
+            harness.check_close((one,), (other.dequantize(),), FP8_TOLERANCE, name)
+        else:
+            harness.check_close((one,), (other,), tolerance, name)
 
 
 def rows(
-    case: Case,
-    versions: Mapping[str, Callable[[], tuple[Tensor, ...]]],
+    case: Sizes,
+    versions: Mapping[str, Callable[[], tuple[Tensor | Fp8Rows, ...]]],
     exact: tuple[Tensor, ...],
     moved_bytes: int,
     copy_rate: float,
     rounds: int,
+    what: str = "",
 ) -> list[harness.Row]:
     """Check the versions against float64, time them in turns, and give each one's time over the first's."""
     for name, call in versions.items():
-        harness.check_close(exact, call(), TOLERANCE[case.dtype], name)
+        check(exact, call(), TOLERANCE[case.dtype], name)
     times = harness.measure(versions, case.device, rounds)
-    made = [harness.row(str(case), name, times[name], moved_bytes, copy_rate) for name in versions]
+    made = [harness.row(f"{case}{what}", name, times[name], moved_bytes, copy_rate) for name in versions]
     for one in made:
         one.notes["times_the_kernel"] = one.ms / made[0].ms
     return made
+
+
+def forward(op: Callable[..., Any], given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The op's results."""
+    with torch.no_grad():
+        found = op(*given)
+    return (found,) if isinstance(found, Tensor | Fp8Rows) else found
+
+
+def forward_backward(op: Callable[..., Any], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The gradients of all arguments; the first argument itself is the gradient of each result."""
+    leaves = [tensor.detach().requires_grad_() for tensor in given]
+    found = op(*leaves)
+    results = (found,) if isinstance(found, Tensor) else found
+    return torch.autograd.grad(results, leaves, [given[0]] * len(results))
+
+
+def bench_both_ways(description: str, name: str, passes: tuple[int, int]) -> None:
+    """Time `u4d_fast.<name>` and its reference, eager and compiled: forward alone, and forward with backward.
+
+    Args:
+        description: of the benchmark.
+        name: of the op; activations come first among its arguments.
+        passes: how often activations cross memory, forward alone and with backward; tables cross once.
+    """
+    options = parse(description)
+    copy_rate = harness.copy_bandwidth(options.device)
+    plain = getattr(u4d_fast.reference, name)
+    ops = {
+        f"{options.device} kernel": partial(getattr(u4d_fast, name), backend=options.device),
+        "torch eager": plain,
+        "torch.compile": torch.compile(plain, dynamic=False),
+    }
+    made = []
+    for case in cases(options):
+        given = CASES[name].arguments(case)
+        exactly = tuple(part.double() for part in given)
+        tables_bytes = sum(part.nbytes for part in given if part.numel() < given[0].numel())
+        for run, what, count in zip((forward, forward_backward), ("", ", forward + backward"), passes, strict=True):
+            versions = {key: partial(run, op, given) for key, op in ops.items()}
+            moved = count * given[0].nbytes + tables_bytes
+            made += rows(case, versions, run(plain, exactly), moved, copy_rate, options.rounds, what)
+    harness.show(name, made, options)
+
+
+def bench_fp8(description: str, name: str) -> None:
+    """Time `u4d_fast.<op>_fp8`, the exact op with `quantize_rows` after it, and the reference, eager and compiled.
+
+    Bytes are those of all arguments and results, once.
+
+    Args:
+        description: of the benchmark.
+        name: of the op, with "_fp8" at its end; activations come first among its arguments.
+    """
+    options = parse(description)
+    copy_rate = harness.copy_bandwidth(options.device)
+    exact, plain = name.removesuffix("_fp8"), getattr(u4d_fast.reference, name)
+    kernel = partial(getattr(u4d_fast, name), backend=options.device)
+    ops = {
+        f"{options.device} kernel": kernel,
+        "two kernels": partial(then_quantized, getattr(u4d_fast, exact), options.device),
+        "torch eager": plain,
+        "torch.compile": torch.compile(plain, dynamic=False),
+    }
+    made = []
+    for case in cases(options):
+        given = CASES[name].arguments(case)
+        exactly = tuple(part.double() if isinstance(part, Tensor) else part for part in given)
+        versions = {key: partial(forward, op, given) for key, op in ops.items()}
+        truth = forward(getattr(u4d_fast.reference, exact), exactly)
+        moved = bytes_of(*given, *forward(kernel, given))
+        made += rows(case, versions, truth, moved, copy_rate, options.rounds)
+    harness.show(name, made, options)
+
+
+def then_quantized(op: Callable[..., Any], backend: str, *given: Any) -> tuple[Any, ...]:
+    """The results of an op, the last of them as rows of e4m3."""
+    *first, last = forward(partial(op, backend=backend), given)
+    return *first, u4d_fast.quantize_rows(last, backend=backend)

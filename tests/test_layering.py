@@ -36,8 +36,8 @@ MAY_IMPORT = {
     "convert": {"geometry", "diffusion", "model"},
 }
 
-WITHOUT_CPU_KERNEL = {"multi_stream_attention"}
-"""Ops that run on their reference on a CPU: torch's own attention is good there."""
+WITHOUT_CPU_KERNEL = {"multi_stream_attention", "multi_stream_attention_fp8", "grouped_linear"}
+"""Ops that run on their reference on a CPU: torch's own attention and products are good there."""
 
 
 def imports(path: Path, *, only_at_import: bool = False) -> set[str]:
@@ -94,7 +94,7 @@ def test_u4d_fast_needs_torch_and_numpy_only(path: Path) -> None:
 def test_references_know_only_references() -> None:
     for path in python_files(U4D_FAST / "reference"):
         ours = {name for name in imports(path) if name.startswith("u4d_fast")}
-        allowed = ("u4d_fast.reference", "u4d_fast.time_layout", "u4d_fast.checks")
+        allowed = ("u4d_fast.reference", "u4d_fast.time_layout", "u4d_fast.checks", "u4d_fast.fp8")
         assert all(name.startswith(allowed) for name in ours), path
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -36,37 +36,48 @@ class Acceleration:
     Attributes:
         blocks: names of the blocks that do.
         left: {name of a block or of a part of it: why it runs as it did}.
+        precision: of the matrix products, as in `accelerate`.
     """
 
     blocks: tuple[str, ...]
     left: dict[str, str]
+    precision: str = "exact"
 
 
-def accelerate(model_or_pipeline: Model) -> Model:
+def accelerate(model_or_pipeline: Model, *, precision: Literal["exact", "fp8", "fp8-linear"] = "exact") -> Model:
     """Run a Wan transformer's blocks on the ops of this library; see `restore` for the way back.
 
     Parameters and their names stay. Results differ by rounding, and there are fewer roundings. Works with gradients,
     gradient checkpointing, LoRA, `torch.compile` and offloading; called again it changes nothing.
 
+    In fp8 results differ by more than rounding, and there are no gradients: measure what it does to yours.
+
     Args:
         model_or_pipeline: diffusers' `WanTransformer3DModel`, a pipeline with one (or two), or a module that wraps
-            one. u4d's own transformer and pipeline run on the ops anyway and are left alone.
+            one. u4d's own transformer and pipeline run on the ops anyway: for them there is only the precision.
+        precision: "exact"; "fp8": matrix products of linear layers and self-attention from e4m3; "fp8-linear": those
+            of linear layers alone. fp8 is for u4d's transformer.
     Returns:
         the argument.
     Raises:
         TypeError: there is no such transformer in it, or its blocks are not as this version knows them.
-        ValueError: something was put in place of a block's forward, which would be lost.
+        ValueError: something was put in place of a block's forward, which would be lost; a precision that the
+            transformer has not.
     """
     blocks = wan_blocks(model_or_pipeline)
     for name, block in blocks.items():
         check_block(name, block)
+    if blocks and precision != "exact":
+        raise ValueError(f"precision: expected 'exact' for diffusers' {WAN} (fp8 is for u4d's), got {precision!r}")
+    for model in u4d_transformers(model_or_pipeline):
+        model.set_precision(precision)
     for block in blocks.values():
         set_forward(block, partial(block_forward, block))
     return model_or_pipeline
 
 
 def restore(model_or_pipeline: Model) -> Model:
-    """Undo `accelerate`: the forward of every block is its class's own again.
+    """Undo `accelerate`: the forward of every block is its class's own again, and exact.
 
     Returns:
         the argument.
@@ -81,6 +92,8 @@ def restore(model_or_pipeline: Model) -> Model:
     for block in blocks.values():
         if is_accelerated(block):
             set_forward(block, None)
+    for model in u4d_transformers(model_or_pipeline):
+        model.set_precision("exact")
     return model_or_pipeline
 
 
@@ -96,7 +109,8 @@ def acceleration(model_or_pipeline: Any) -> Acceleration:
         if is_u4d(model):
             on_ops += [f"{prefix}blocks.{number}" for number in range(len(model.blocks))]
     left = {f"{name}.{part}".rstrip("."): why for name, kept in reasons.items() for part, why in kept.items()}
-    return Acceleration(tuple(on_ops), left)
+    precisions = {model.precision for model in u4d_transformers(model_or_pipeline)} or {"exact"}
+    return Acceleration(tuple(on_ops), left, " and ".join(sorted(precisions)))
 
 
 def reasons_kept(block: Any) -> dict[str, str]:
@@ -131,6 +145,11 @@ def transformers(model_or_pipeline: Any) -> dict[str, Any]:
         wanted = f"diffusers' {WAN}, u4d's Transformer or a pipeline with one"
         raise TypeError(f"model_or_pipeline: expected {wanted}, got {classes}")
     return {prefix.replace("..", "."): module for prefix, module in found.items()}
+
+
+def u4d_transformers(model_or_pipeline: Any) -> list[Any]:
+    """u4d's own transformers in a model or pipeline."""
+    return [model for model in transformers(model_or_pipeline).values() if is_u4d(model)]
 
 
 def wan_blocks(model_or_pipeline: Any) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from u4d_fast.checks import check_floating, check_match, check_shape, describe
 MAX_WIDTH = 8192
 """Widest row of the kernels, as in csrc/kernels/gated_residual_norm/frame_rows.h."""
 
+ROWS_PER_PART = 32
+"""Rows of a frame that one task of a backward kernel adds up. Part of the result's bits, so a constant."""
+
 DTYPES = (*backends.SINGLE_AND_HALF, torch.float64)
 
 
@@ -45,19 +48,19 @@ def check_frame_tables(x: Tensor, *, update: Tensor | None = None, **tables: Ten
         raise ValueError(f"x: expected {wanted}, got {describe(x.shape)}")
 
 
-def resolve(op: str, backend: str, x: Tensor, *tensors: Tensor) -> str:
-    """The implementation of a call; too wide a row goes to the reference where `auto` may choose.
+def resolve(op: str, backend: str, x: Tensor, *tensors: Tensor, most: int = MAX_WIDTH) -> str:
+    """The implementation of a call; a row of more than `most` channels goes to the reference where `auto` may choose.
 
     Raises:
         BackendError: a backend was asked for by name and cannot run this.
     """
     chosen = backends.resolve(op, backend, x, *tensors, dtypes=backends.SINGLE_AND_HALF)
-    if chosen == "reference" or x.shape[3] <= MAX_WIDTH:
+    if chosen == "reference" or x.shape[-1] <= most:
         return chosen
     if backend == "auto" and backends.default_backend() == "auto":
         return "reference"
     raise backends.BackendError(
-        f"{op}: backend {chosen!r} cannot run: the kernels take at most {MAX_WIDTH} channels, got {x.shape[3]}"
+        f"{op}: backend {chosen!r} cannot run: the kernels take at most {most} channels, got {x.shape[-1]}"
     )
 
 
@@ -76,3 +79,16 @@ def row_sizes(x: Tensor, table: Tensor) -> tuple[int, int, int, int, int, int]:
     streams, batch, tokens, width = x.shape
     frames = table.shape[2]
     return backends.DTYPE_CODES[x.dtype], streams, batch, frames, tokens // frames, width
+
+
+def partial_sums(table: Tensor, tokens: int, count: int) -> Tensor:
+    """Room for the gradients of `count` tables of one shape, `[parts,count,S,B,F,D]` float32, for `added_up`.
+
+    A frame's `tokens` are summed in parts of ROWS_PER_PART rows, in a fixed order: the same bits each time.
+    """
+    return table.new_empty(-(-tokens // ROWS_PER_PART), count, *table.shape, dtype=torch.float32)
+
+
+def added_up(partials: Tensor) -> tuple[Tensor, ...]:
+    """`[parts,count,S,B,F,D]` -> `count` gradients `[S,B,F,D]`, no two in the same memory."""
+    return tuple(table.sum(0) for table in partials.unbind(1))

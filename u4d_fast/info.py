@@ -16,12 +16,21 @@ OPS = (
     "warp_frames",
     "reprojection_error",
     "multi_stream_attention",
+    "multi_stream_attention_fp8",
+    "grouped_linear",
+    "grouped_linear_fp8",
     "qk_norm_rope",
+    "qk_norm_rope_fp8",
     "rms_norm",
     "ada_layer_norm",
+    "ada_layer_norm_fp8",
     "gated_residual",
     "gated_residual_norm",
+    "gated_residual_norm_fp8",
     "bias_gelu",
+    "bias_gelu_fp8",
+    "quantize_rows",
+    "causal_norm_silu",
 )
 
 

@@ -106,13 +106,11 @@ def residual_and_affine_norm(norm: Any, x: Tensor, update: Tensor, gate: Tensor)
 
 def feed_forward(ffn: Any, x: Tensor) -> Tensor:
     """Linear layer, tanh GELU, linear layer: [B,T,D] -> [B,T,D]."""
-    # Without a kernel bias_gelu would store the hidden layer, the largest tensor of a block, in float32; so it does in
-    # a backward pass.
-    kept = torch.is_grad_enabled() or resolve("bias_gelu", "auto", x, dtypes=SINGLE_AND_HALF) == "reference"
-    if kept or feed_forward_kept(ffn):
+    # Without a kernel bias_gelu would store the hidden layer, the largest tensor of a block, in float32.
+    if feed_forward_kept(ffn) or resolve("bias_gelu", "auto", x, dtypes=SINGLE_AND_HALF) == "reference":
         return cast(Tensor, ffn(x))
     proj = ffn.net[0].proj
-    x = bias_gelu(linear(x, proj.weight)[None], proj.bias[None], inplace=True)[0]
+    x = bias_gelu(linear(x, proj.weight)[None], proj.bias[None], inplace=not torch.is_grad_enabled())[0]
     for module in ffn.net[1:]:
         x = module(x)
     return x

@@ -41,6 +41,11 @@ SHAPES = [
     Shape(1, 1, 1, 3, 8192),
 ]
 EMPTY = [Shape(2, 0, 3, 2, 16), Shape(2, 2, 3, 0, 16), Shape(0, 1, 1, 1, 8)]
+ON_THE_SHIM = [Shape(1, 1, 1, 1, 1), Shape(2, 2, 3, 3, 64), Shape(2, 1, 2, 2, 77), *SHAPES[-5:], *EMPTY]
+# Backward passes add up rows in parts: less than one part, one and a bit, two and a bit.
+IN_PARTS = [Shape(2, 2, 2, 33, 16), Shape(1, 1, 1, 65, 40), Shape(1, 1, 2, 2, 2056)]
+WIDE = [Shape(1, 1, 2, 3, 8190), Shape(1, 1, 1, 3, 8192)]
+SMALL = Shape(2, 1, 2, 3, 8)
 
 
 def device_of(backend: str) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -130,9 +131,7 @@ def test_a_module_without_cuda_or_for_another_gpu_says_so(monkeypatch) -> None:
     assert backends.unavailable("pack_rays", "cpu", -1) == ""
     assert backends.unavailable("warp_frames", "cpu", -1) == "the compiled module has no CPU kernel of warp_frames"
     monkeypatch.setattr(backends, "_availability", {})
-    built = SimpleNamespace(
-        cuda_arch="sm_90a", hopper_ops=("attention",), pack_rays_cuda=print, attention_cuda=print
-    )
+    built = SimpleNamespace(cuda_arch="sm_90a", hopper_ops=("attention",), pack_rays_cuda=print, attention_cuda=print)
     monkeypatch.setattr(backends, "kernels", built)
     assert backends.unavailable("pack_rays", "cuda", 0) == backends.unavailable("attention", "cuda", 0) == ""
     # Portable kernels come as PTX too.
@@ -140,6 +139,16 @@ def test_a_module_without_cuda_or_for_another_gpu_says_so(monkeypatch) -> None:
     assert backends.unavailable("attention", "cuda", 1) == "the kernel is compiled for sm_90a, this GPU is sm_100"
     assert "compute capability 8.0 and newer, this GPU is sm_75" in backends.unavailable("pack_rays", "cuda", 2)
     assert "no kernels for device type 'mps'" in backends.unavailable("pack_rays", "mps", 0)
+
+
+def test_kernels_with_hoppers_instructions_are_for_hopper_alone() -> None:
+    """As PTX for other GPUs such a kernel would be built, and fail where it is loaded."""
+    if getattr(backends.kernels, "cuda_arch", None) is None:
+        pytest.skip("needs a module with CUDA; this one was built without")
+    folders = (Path(__file__).parents[2] / "csrc" / "kernels").iterdir()
+    sources = {folder.name: "".join(path.read_text() for path in folder.glob("*.cu*")) for folder in folders}
+    theirs = {op for op, text in sources.items() if "hopper::" in text and op != "common"}
+    assert set(backends.kernels.hopper_ops) == theirs and "multi_stream_attention" in theirs
 
 
 def test_tensors_on_different_devices() -> None:
@@ -164,11 +173,12 @@ def test_the_environment_variable() -> None:
 def test_info_tells_what_is_active_and_why() -> None:
     told = u4d_fast.info()
     assert told["torch"] == torch.__version__ and told["threads"] >= 1
-    rays_and_warp = {"pack_rays", "unpack_rays", "rays_to_cameras", "warp_frames", "reprojection_error"}
-    in_a_block = {"qk_norm_rope", "rms_norm", "ada_layer_norm", "gated_residual", "gated_residual_norm", "bias_gelu"}
-    with_kernel = rays_and_warp | in_a_block
-    assert set(told["ops"]) == with_kernel | {"multi_stream_attention"}
-    assert with_kernel <= set(backends.kernels.ops) and told["kernels"]["built"]
+    left_to_torch = {"multi_stream_attention", "multi_stream_attention_fp8", "grouped_linear", "grouped_linear_fp8"}
+    files = {path.stem for path in Path(u4d_fast.__file__).parent.glob("ops/*.py")} - {"__init__"}
+    assert set(told["ops"]) == files | left_to_torch
+    with_kernel = files - left_to_torch
+    assert {"pack_rays", "rms_norm"} < with_kernel <= set(backends.kernels.ops) and told["kernels"]["built"]
+    assert all(told["ops"][op]["cpu"]["backend"] == "reference" for op in left_to_torch)
     assert all(told["ops"][op]["cpu"] == {"backend": "cpu", "reason": ""} for op in with_kernel)
     with u4d_fast.use_backend("cuda"):
         active = u4d_fast.info()["ops"]["pack_rays"]["cpu"]

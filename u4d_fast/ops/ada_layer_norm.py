@@ -7,12 +7,18 @@ from typing import Any
 from torch import Tensor
 
 from u4d_fast import backend as backends
-from u4d_fast.frame_tables import check_frame_tables, kernel_tables, resolve, row_sizes, table_strides
+from u4d_fast.frame_tables import (
+    ROWS_PER_PART,
+    added_up,
+    check_frame_tables,
+    kernel_tables,
+    partial_sums,
+    resolve,
+    row_sizes,
+    table_strides,
+)
 from u4d_fast.reference.ada_layer_norm import ada_layer_norm as reference_ada_layer_norm
 from u4d_fast.reference.ada_layer_norm import ada_layer_norm_grad, compute_dtype
-
-ROWS_PER_PART = 32
-"""Rows of a frame that one block of the backward kernel adds up. Part of the result's bits, so a constant."""
 
 
 def ada_layer_norm(
@@ -76,30 +82,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, scale = ctx.saved_tensors
-    grad_x, grad_shift, grad_scale = norm_gradients(grad, x, scale, ctx.eps)
+    if resolve("ada_layer_norm_grad", "auto", x, grad, scale) == "reference":
+        gradients = ada_layer_norm_grad(grad, x, scale, ctx.eps)
+    else:
+        gradients = _launch_grad(grad, x, scale, ctx.eps)
+    grad_x, grad_shift, grad_scale = gradients
     return grad_x.to(x.dtype), grad_shift.to(ctx.shift_dtype), grad_scale.to(scale.dtype), None
-
-
-def norm_gradients(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, shift and scale, in the dtype of computation; that of x in x's from the kernel.
-
-    There is a kernel for CUDA only: on a CPU the backward pass is plain torch.
-    """
-    if x.device.type == "cuda" and resolve("ada_layer_norm_grad", "auto", x, grad, scale) == "cuda":
-        found: tuple[Tensor, Tensor, Tensor] = _launch_grad(grad, x, scale, eps)
-        return found
-    return ada_layer_norm_grad(grad, x, scale, eps)
 
 
 def _grad_kernel(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     grad, x = grad.contiguous(), x.contiguous()
     (table,) = kernel_tables(scale)
     sizes = row_sizes(x, table)
-    grad_x = _output(x)
-    partials = table.new_empty(-(-sizes[4] // ROWS_PER_PART), 2, *table.shape)
+    grad_x, partials = _output(x), partial_sums(table, sizes[4], 2)
     pointers = [tensor.data_ptr() for tensor in (grad, x, table, grad_x, partials)]
     backends.call("ada_layer_norm_grad", x.device, *pointers, *sizes, *table_strides(table), ROWS_PER_PART, eps)
-    return grad_x, partials[:, 0].sum(0), partials[:, 1].sum(0)
+    grad_shift, grad_scale = added_up(partials)
+    return grad_x, grad_shift, grad_scale
 
 
 def _grad_reference(grad: Tensor, x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

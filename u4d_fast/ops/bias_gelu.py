@@ -13,6 +13,9 @@ from u4d_fast.checks import check_floating, check_match, check_shape, describe
 from u4d_fast.reference.bias_gelu import bias_gelu as reference_bias_gelu
 from u4d_fast.reference.bias_gelu import bias_gelu_grad
 
+ROWS_PER_PART = 64
+"""Rows of a stream that one task of the backward kernel adds up. Part of the result's bits, so a constant."""
+
 
 def bias_gelu(x: Tensor, bias: Tensor, *, inplace: bool = False, backend: backends.Backend = "auto") -> Tensor:
     """`gelu(x + bias)` with the tanh form of GELU, and a bias per stream.
@@ -100,9 +103,40 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    return bias_gelu_grad(grad, *ctx.saved_tensors)
+    x, bias = ctx.saved_tensors
+    if backends.resolve("bias_gelu_grad", "auto", grad, x, bias, dtypes=backends.SINGLE_AND_HALF) == "reference":
+        return bias_gelu_grad(grad, x, bias)
+    grad_x, grad_bias = _launch_grad(grad, x, bias)
+    return grad_x, grad_bias
 
 
+def _grad_kernel(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    grad, x, wide_bias = grad.contiguous(), x.contiguous(), bias.float().contiguous()
+    streams, rows, width = x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1]
+    grad_x, partials = _output(x), wide_bias.new_empty(-(-rows // ROWS_PER_PART), *bias.shape)
+    pointers = [tensor.data_ptr() for tensor in (grad, x, wide_bias, grad_x, partials)]
+    sizes = backends.DTYPE_CODES[x.dtype], streams, rows, width
+    backends.call("bias_gelu_grad", x.device, *pointers, *sizes, ROWS_PER_PART)
+    return grad_x, partials.sum(0).to(bias.dtype)
+
+
+def _grad_reference(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    grad_x, grad_bias = bias_gelu_grad(grad, x, bias)
+    return grad_x.contiguous(), grad_bias
+
+
+def _grad_fake(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return _output(x), bias.new_empty(bias.shape)
+
+
+_launch_grad = backends.register(
+    "bias_gelu_grad",
+    "(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)",
+    kernel=_grad_kernel,
+    reference=_grad_reference,
+    fake=_grad_fake,
+    dtypes=backends.SINGLE_AND_HALF,
+)
 _launch = backends.register(
     "bias_gelu",
     "(Tensor x, Tensor bias) -> Tensor",

@@ -7,7 +7,16 @@ from typing import Any
 from torch import Tensor
 
 from u4d_fast import backend as backends
-from u4d_fast.frame_tables import check_frame_tables, kernel_tables, resolve, row_sizes, table_strides
+from u4d_fast.frame_tables import (
+    ROWS_PER_PART,
+    added_up,
+    check_frame_tables,
+    kernel_tables,
+    partial_sums,
+    resolve,
+    row_sizes,
+    table_strides,
+)
 from u4d_fast.reference.gated_residual import gated_residual as reference_gated_residual
 from u4d_fast.reference.gated_residual import gated_residual_grad
 
@@ -67,10 +76,45 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-    update, gate = ctx.saved_tensors
-    return grad, *gated_residual_grad(grad, update, gate)
+    return grad, *gate_gradients(grad, *ctx.saved_tensors)
 
 
+def gate_gradients(grad: Tensor, update: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of update and gate, each in its tensor's dtype; that of x is `grad` itself."""
+    if resolve("gated_residual_grad", "auto", update, grad, gate) == "reference":
+        return gated_residual_grad(grad, update, gate)
+    grad_update, grad_gate = _launch_grad(grad, update, gate)
+    return grad_update, grad_gate
+
+
+def _grad_kernel(grad: Tensor, update: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    grad, update = grad.contiguous(), update.contiguous()
+    (table,) = kernel_tables(gate)
+    sizes = row_sizes(update, table)
+    grad_update, partials = _output(update), partial_sums(table, sizes[4], 1)
+    pointers = [tensor.data_ptr() for tensor in (grad, update, table, grad_update, partials)]
+    backends.call("gated_residual_grad", update.device, *pointers, *sizes, *table_strides(table), ROWS_PER_PART)
+    (grad_gate,) = added_up(partials)
+    return grad_update, grad_gate.to(gate.dtype)
+
+
+def _grad_reference(grad: Tensor, update: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    grad_update, grad_gate = gated_residual_grad(grad, update, gate)
+    return grad_update.contiguous(), grad_gate
+
+
+def _grad_fake(grad: Tensor, update: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    return _output(update), gate.new_empty(gate.shape)
+
+
+_launch_grad = backends.register(
+    "gated_residual_grad",
+    "(Tensor grad, Tensor update, Tensor gate) -> (Tensor, Tensor)",
+    kernel=_grad_kernel,
+    reference=_grad_reference,
+    fake=_grad_fake,
+    dtypes=backends.SINGLE_AND_HALF,
+)
 _launch = backends.register(
     "gated_residual",
     "(Tensor x, Tensor update, Tensor gate) -> Tensor",

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from u4d_fast import backend as backends
-from u4d_fast.frame_tables import check_frame_tables, kernel_tables, resolve, row_sizes, table_strides
-from u4d_fast.ops.ada_layer_norm import norm_gradients
+from u4d_fast.frame_tables import (
+    ROWS_PER_PART,
+    added_up,
+    check_frame_tables,
+    kernel_tables,
+    partial_sums,
+    resolve,
+    row_sizes,
+    table_strides,
+)
+from u4d_fast.ops.gated_residual import gate_gradients
 from u4d_fast.reference.ada_layer_norm import compute_dtype
-from u4d_fast.reference.gated_residual import gated_residual_grad
 from u4d_fast.reference.gated_residual_norm import gated_residual_norm as reference_gated_residual_norm
+from u4d_fast.reference.gated_residual_norm import gated_residual_norm_grad
+
+Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Of x, update, gate, shift and scale."""
 
 
 def gated_residual_norm(
@@ -78,17 +91,75 @@ def _fake(x: Tensor, update: Tensor, gate: Tensor, shift: Tensor, scale: Tensor,
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, update, gate, shift, scale, ctx.eps = inputs
     ctx.shift_dtype = shift.dtype
+    ctx.set_materialize_grads(False)  # a result that nobody used has no gradient to read
     ctx.save_for_backward(output[0], update, gate, scale)
 
 
-def _backward(ctx: Any, grad_x_new: Tensor, grad_normed: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_x_new: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
     x_new, update, gate, scale = ctx.saved_tensors
-    through_norm, grad_shift, grad_scale = norm_gradients(grad_normed, x_new, scale, ctx.eps)
-    grad_x = grad_x_new.to(compute_dtype(x_new)) + through_norm  # what follows from it is rounded once
-    of_gate = gated_residual_grad(grad_x, update, gate)
-    return grad_x.to(update.dtype), *of_gate, grad_shift.to(ctx.shift_dtype), grad_scale.to(scale.dtype), None
+    if grad_normed is None:
+        if grad_x_new is None:
+            return (None,) * 6
+        return grad_x_new, *gate_gradients(grad_x_new, update, gate), None, None, None
+    given = (grad_x_new, grad_normed, x_new, update, gate, scale, ctx.eps)
+    tensors = [tensor for tensor in given if isinstance(tensor, Tensor)]
+    kernel = resolve("gated_residual_norm_grad", "auto", x_new, *tensors) != "reference"
+    *gradients, grad_shift, grad_scale = (_launch_grad if kernel else gated_residual_norm_grad)(*given)
+    return *gradients, grad_shift.to(ctx.shift_dtype), grad_scale.to(scale.dtype), None
 
 
+def _grad_kernel(
+    grad_x_new: Tensor | None,
+    grad_normed: Tensor,
+    x_new: Tensor,
+    update: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    eps: float,
+) -> Gradients:
+    rows = [tensor.contiguous() for tensor in (grad_normed, x_new, update)]
+    direct = None if grad_x_new is None else grad_x_new.contiguous()
+    tables = kernel_tables(gate, scale)
+    sizes = row_sizes(x_new, gate)
+    grad_x, grad_update = _outputs(x_new)
+    partials = partial_sums(gate, sizes[4], 3)
+    pointers = [tensor.data_ptr() for tensor in (*rows, *tables, grad_x, grad_update, partials)]
+    backends.call(
+        "gated_residual_norm_grad",
+        x_new.device,
+        0 if direct is None else direct.data_ptr(),
+        *pointers,
+        *sizes,
+        *table_strides(*tables),
+        ROWS_PER_PART,
+        eps,
+    )
+    grad_gate, grad_shift, grad_scale = added_up(partials)
+    return grad_x, grad_update, grad_gate.to(gate.dtype), grad_shift, grad_scale
+
+
+def _grad_reference(*given: Any) -> Gradients:
+    grad_x, grad_update, *tables = gated_residual_norm_grad(*given)
+    grad_gate, grad_shift, grad_scale = tables
+    return grad_x.contiguous(), grad_update.contiguous(), grad_gate, grad_shift, grad_scale
+
+
+def _grad_fake(
+    grad_x_new: Tensor | None, grad_normed: Tensor, x_new: Tensor, update: Tensor, gate: Tensor, *_: Any
+) -> Gradients:
+    wide = gate.new_empty(gate.shape, dtype=compute_dtype(x_new))
+    return *_outputs(x_new), gate.new_empty(gate.shape), wide, torch.empty_like(wide)
+
+
+_launch_grad = backends.register(
+    "gated_residual_norm_grad",
+    "(Tensor? grad_x_new, Tensor grad_normed, Tensor x_new, Tensor update, Tensor gate, Tensor scale, float eps)"
+    " -> (Tensor grad_x, Tensor grad_update, Tensor grad_gate, Tensor grad_shift, Tensor grad_scale)",
+    kernel=_grad_kernel,
+    reference=_grad_reference,
+    fake=_grad_fake,
+    dtypes=backends.SINGLE_AND_HALF,
+)
 _launch = backends.register(
     "gated_residual_norm",
     "(Tensor x, Tensor update, Tensor gate, Tensor shift, Tensor scale, float eps) -> (Tensor x_new, Tensor normed)",

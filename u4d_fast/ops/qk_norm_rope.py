@@ -48,6 +48,20 @@ def qk_norm_rope(
     Source:
         Su et al., "RoFormer", 2021, equation 34; the seed, section "Base"; spec.md section 2.
     """
+    check_turned_norm(x, weight, cos, sin, heads)
+    if backends.resolve("qk_norm_rope", backend, x, weight, cos, sin, dtypes=backends.SINGLE_AND_HALF) == "reference":
+        return reference_qk_norm_rope(x, weight, cos, sin, heads, eps)
+    rotated: Tensor = _launch(x, weight, cos, sin, heads, float(eps))
+    return rotated
+
+
+def check_turned_norm(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int) -> None:
+    """Check activations `[S,B,T,D]`, the norm's weight `[S,D]`, and the tables `[T,d/2]` of angles.
+
+    Raises:
+        ValueError: shapes disagree, heads do not divide D into even parts, or a table requires a gradient.
+        TypeError: a dtype is not floating.
+    """
     check_norm(x, weight)
     width = x.shape[3]
     if heads < 1 or width % (2 * heads):
@@ -58,10 +72,6 @@ def qk_norm_rope(
         check_match(name, table, (x.shape[2], width // heads // 2), "x", x)
         if table.requires_grad:
             raise ValueError(f"{name}: expected a constant table, got one that requires a gradient; detach() it")
-    if backends.resolve("qk_norm_rope", backend, x, weight, cos, sin, dtypes=backends.SINGLE_AND_HALF) == "reference":
-        return reference_qk_norm_rope(x, weight, cos, sin, heads, eps)
-    rotated: Tensor = _launch(x, weight, cos, sin, heads, float(eps))
-    return rotated
 
 
 def _kernel(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float) -> Tensor:

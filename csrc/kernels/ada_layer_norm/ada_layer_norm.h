@@ -30,11 +30,17 @@ U4D_KERNEL Status ada_layer_norm_cuda(void* stream, const void* x, const float* 
                                       std::int64_t shift_clip, std::int64_t shift_frame, std::int64_t scale_stream,
                                       std::int64_t scale_clip, std::int64_t scale_frame, double eps);
 
-// The backward pass; plain torch does it on the CPU.
+// The backward pass.
 //   grad, grad_x  like x; grad_x is written, and no other argument's memory
 //   partials      [parts, 2, streams, batch, frames, width] float32, contiguous, with parts = ceil(patches /
 //                 rows_per_part): for each part of a frame's rows the gradients of shift and of scale, to be added up
 //                 over the parts. Nothing is written where there are no rows.
+U4D_KERNEL Status ada_layer_norm_grad_cpu(int num_threads, const void* grad, const void* x, const float* scale,
+                                          void* grad_x, float* partials, std::int64_t dtype, std::int64_t streams,
+                                          std::int64_t batch, std::int64_t frames, std::int64_t patches,
+                                          std::int64_t width, std::int64_t scale_stream, std::int64_t scale_clip,
+                                          std::int64_t scale_frame, std::int64_t rows_per_part, double eps);
+
 U4D_KERNEL Status ada_layer_norm_grad_cuda(void* stream, const void* grad, const void* x, const float* scale,
                                            void* grad_x, float* partials, std::int64_t dtype, std::int64_t streams,
                                            std::int64_t batch, std::int64_t frames, std::int64_t patches,

@@ -1,5 +1,6 @@
 #include "kernels/bias_gelu/bias_gelu.h"
 
+#include "kernels/bias_gelu/gelu.cuh"
 #include "kernels/common/launch.h"
 
 namespace u4d {
@@ -9,9 +10,8 @@ constexpr int kThreads = 256;
 
 template <class T>
 __device__ __forceinline__ T activate(T x, float bias) {
-  const float v = to_float(x) + bias;
   T out;
-  round_to(__fdividef(v, 1.0f + expf(gelu_exponent(v))), out);
+  round_to(gelu(to_float(x) + bias), out);
   return out;
 }
 

@@ -24,6 +24,19 @@ U4D_KERNEL Status bias_gelu_cpu(int num_threads, const void* x, const void* bias
 U4D_KERNEL Status bias_gelu_cuda(void* stream, const void* x, const void* bias, void* out, std::int64_t dtype,
                                  std::int64_t bias_dtype, std::int64_t streams, std::int64_t rows, std::int64_t width);
 
+// The backward pass.
+//   grad, x, grad_x  like x above; grad_x is written, and no other argument's memory
+//   bias      [streams, width] float32, contiguous
+//   partials  [parts, streams, width] float32, contiguous, with parts = ceil(rows / rows_per_part): for each part of a
+//             stream's rows the gradient of bias, to be added up over the parts
+U4D_KERNEL Status bias_gelu_grad_cpu(int num_threads, const void* grad, const void* x, const float* bias, void* grad_x,
+                                     float* partials, std::int64_t dtype, std::int64_t streams, std::int64_t rows,
+                                     std::int64_t width, std::int64_t rows_per_part);
+
+U4D_KERNEL Status bias_gelu_grad_cuda(void* stream, const void* grad, const void* x, const float* bias, void* grad_x,
+                                      float* partials, std::int64_t dtype, std::int64_t streams, std::int64_t rows,
+                                      std::int64_t width, std::int64_t rows_per_part);
+
 // The exponent -2u of GELU's v / (1 + exp(-2u)).
 U4D_HD float gelu_exponent(float v) {
   constexpr float kFactor = -1.5957691216057308f, kCube = 0.044715f;  // -2 sqrt(2 / pi)

@@ -26,4 +26,21 @@ U4D_KERNEL Status gated_residual_cuda(void* stream, const void* x, const void* u
                                       std::int64_t patches, std::int64_t width, std::int64_t gate_stream,
                                       std::int64_t gate_clip, std::int64_t gate_frame);
 
+// The backward pass; the gradient of x is that of the result.
+//   grad, update, grad_update  like x; grad_update is written, and no other argument's memory
+//   partials  [parts, streams, batch, frames, width] float32, contiguous, with parts = ceil(patches / rows_per_part):
+//             for each part of a frame's rows the gradient of gate, to be added up over the parts. Nothing is written
+//             where there are no rows.
+U4D_KERNEL Status gated_residual_grad_cpu(int num_threads, const void* grad, const void* update, const float* gate,
+                                          void* grad_update, float* partials, std::int64_t dtype, std::int64_t streams,
+                                          std::int64_t batch, std::int64_t frames, std::int64_t patches,
+                                          std::int64_t width, std::int64_t gate_stream, std::int64_t gate_clip,
+                                          std::int64_t gate_frame, std::int64_t rows_per_part);
+
+U4D_KERNEL Status gated_residual_grad_cuda(void* stream, const void* grad, const void* update, const float* gate,
+                                           void* grad_update, float* partials, std::int64_t dtype, std::int64_t streams,
+                                           std::int64_t batch, std::int64_t frames, std::int64_t patches,
+                                           std::int64_t width, std::int64_t gate_stream, std::int64_t gate_clip,
+                                           std::int64_t gate_frame, std::int64_t rows_per_part);
+
 }  // namespace u4d

@@ -3,114 +3,44 @@
 //
 // A lane holds chunks of 8 neighbouring columns (16 bytes of a half type, 2 x 16 of float32), all loaded before the
 // first is used. Mean and squared deviations are two sums over registers; one warp needs shuffles only. A table's row
-// serves the P rows of its frame from the cache: neighbouring rows run on the same multiprocessor.
+// serves the P rows of its frame from the cache: neighbouring rows run on the same multiprocessor. The norm may be
+// written as e4m3 with a scale per row, whose largest magnitude is one more reduction over the same registers.
 #pragma once
+
+#include <type_traits>
 
 #include "kernels/common/launch.h"
 
 #include "kernels/gated_residual_norm/frame_rows.h"
+#include "kernels/gated_residual_norm/row_chunks.cuh"
+#include "kernels/quantize_rows/quantize_chunks.cuh"
 
 namespace u4d::frame_rows {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kChunk = 8;       // columns
-constexpr int kMostChunks = 4;  // of a lane: 32 registers hold its part of the row
 
 // Blocks that at least fit on a multiprocessor, which bounds the registers that loads made ahead may take.
 constexpr int blocks_of(bool vectors) { return vectors ? 2 : 1; }
 
 static_assert(kMaxWidth == std::int64_t{kThreads} * kMostChunks * kChunk);
 
-template <class T>
+// Out is the type of the norm: T, or E4m3.
+template <class T, class Out = T>
 struct Arguments {
   const T *x, *update;  // update and gate: with kGate only
   FrameTable gate, shift, scale;
-  T *x_new, *normed;
+  T* x_new;
+  Out* normed;
+  float* norm_scale;  // [rows], of e4m3 only
   RowSizes sizes;
   std::int64_t rows;
   float eps;
   int warps_per_row;
 };
 
-struct Chunk {
-  float values[kChunk];
-};
-
-// Columns first..first+7 of a row, zeros beyond its end. With kVectors the row is aligned to 16 bytes and its width a
-// multiple of 8.
-template <bool kVectors, class T>
-__device__ __forceinline__ Chunk load_chunk(const T* row, int first, int width) {
-  Chunk chunk;
-  if constexpr (kVectors) {
-    constexpr int kSize = Vector<T>::kSize;
-    if (first < width) {
-#pragma unroll
-      for (int part = 0; part < kChunk; part += kSize) {
-        const Vector<T> vector = load_vector(row + first + part);
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) chunk.values[part + i] = to_float(vector.values[i]);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) chunk.values[i] = 0.0f;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) chunk.values[i] = first + i < width ? to_float(row[first + i]) : 0.0f;
-  }
-  return chunk;
-}
-
-// Writes a chunk, and leaves in it what was written: the values after rounding.
-template <bool kVectors, class T>
-__device__ __forceinline__ void store_chunk(T* row, int first, int width, Chunk& chunk) {
-  T rounded[kChunk];
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    round_to(chunk.values[i], rounded[i]);
-    chunk.values[i] = to_float(rounded[i]);
-  }
-  if constexpr (kVectors) {
-    constexpr int kSize = Vector<T>::kSize;
-    if (first >= width) return;
-#pragma unroll
-    for (int part = 0; part < kChunk; part += kSize) {
-      Vector<T> vector;
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) vector.values[i] = rounded[part + i];
-      store_vector(row + first + part, vector);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) {
-      if (first + i < width) row[first + i] = rounded[i];
-    }
-  }
-}
-
-// The sum over the warps of a row, the same in all their lanes. `slots` is used once per kernel.
-__device__ __forceinline__ float sum_of_row(float mine, int warps_per_row, float* slots) {
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) mine += __shfl_xor_sync(0xffffffffu, mine, lanes);
-  if (warps_per_row == 1) return mine;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  if (threadIdx.x % kWarp == 0) slots[warp] = mine;
-  __syncthreads();
-  float total = 0.0f;
-  const int first = warp / warps_per_row * warps_per_row;
-  for (int k = 0; k < warps_per_row; ++k) total += slots[first + k];
-  return total;
-}
-
-// Column `i` of a chunk that begins at `first` counts.
-template <bool kVectors>
-__device__ __forceinline__ bool is_column(int first, int i, int width) {
-  return kVectors ? first < width : first + i < width;
-}
-
-template <class T, int kChunks, bool kVectors, bool kGate, bool kNorm>
-__global__ __launch_bounds__(kThreads, blocks_of(kVectors)) void rows_kernel(const Arguments<T> a) {
+template <class T, class Out, int kChunks, bool kVectors, bool kGate, bool kNorm>
+__global__ __launch_bounds__(kThreads, blocks_of(kVectors)) void rows_kernel(const Arguments<T, Out> a) {
   __shared__ float slots[2][kWarps];
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const std::int64_t given =
@@ -169,8 +99,14 @@ __global__ __launch_bounds__(kThreads, blocks_of(kVectors)) void rows_kernel(con
         chunks[c].values[i] = chunks[c].values[i] * inverse * (1.0f + scale.values[i]) + shift.values[i];
       }
     }
+    if constexpr (std::is_same_v<Out, E4m3>) {
+      __shared__ std::uint32_t largest_slots[kWarps];
+      quantize_chunks<kVectors>(chunks, own, step, write_width, a.warps_per_row, largest_slots, a.normed + at,
+                                a.norm_scale + row);
+    } else {
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) store_chunk<kVectors>(a.normed + at, own + c * step, write_width, chunks[c]);
+      for (int c = 0; c < kChunks; ++c) store_chunk<kVectors>(a.normed + at, own + c * step, write_width, chunks[c]);
+    }
   }
 }
 
@@ -179,27 +115,28 @@ inline bool table_takes_vectors(const FrameTable& table) {
 }
 
 // Tables that an op does not have are null pointers with strides 0, which take vectors.
-template <class T>
-bool all_take_vectors(const Arguments<T>& a) {
+template <class T, class Out>
+bool all_take_vectors(const Arguments<T, Out>& a) {
   if (a.sizes.width % kChunk != 0) return false;
-  const T* const pointers[] = {a.x, a.update, a.x_new, a.normed};
+  const T* const pointers[] = {a.x, a.update, a.x_new};
   for (const T* pointer : pointers) {
     if (!takes_vectors(pointer, a.sizes.width)) return false;
   }
+  if (reinterpret_cast<std::uintptr_t>(a.normed) % 16 != 0) return false;
   return table_takes_vectors(a.gate) && table_takes_vectors(a.shift) && table_takes_vectors(a.scale);
 }
 
-template <int kChunks, bool kVectors, bool kGate, bool kNorm, class T>
-Status launch_chunks(void* stream, const Arguments<T>& a) {
+template <int kChunks, bool kVectors, bool kGate, bool kNorm, class T, class Out>
+Status launch_chunks(void* stream, const Arguments<T, Out>& a) {
   const unsigned int grid = blocks_for(a.rows, kWarps / a.warps_per_row);
-  U4D_LAUNCH((rows_kernel<T, kChunks, kVectors, kGate, kNorm>), grid, kThreads, 0, stream, a);
+  U4D_LAUNCH((rows_kernel<T, Out, kChunks, kVectors, kGate, kNorm>), grid, kThreads, 0, stream, a);
   return launch_status();
 }
 
 // As few warps to a row as its registers allow: up to 1024 columns one warp, which needs no barrier;
 // 1536 are two warps of three chunks.
-template <bool kGate, bool kNorm, class T>
-Status launch_rows(void* stream, Arguments<T> a) {
+template <bool kGate, bool kNorm, class T, class Out>
+Status launch_rows(void* stream, Arguments<T, Out> a) {
   const Status status = check_rows(a.sizes);
   if (status != kOk) return status;
   a.rows = a.sizes.rows();

@@ -33,8 +33,8 @@ U4D_INLINE void gate_row(const T* x, const T* update, const float* gate, T* out,
 }
 
 // Layer norm of a row, then * (1 + scale) + shift.
-template <class T>
-U4D_INLINE void norm_row(const T* x, const float* shift, const float* scale, T* out, std::int64_t width, float eps) {
+template <class T, class Out>
+U4D_INLINE void norm_row(const T* x, const float* shift, const float* scale, Out* out, std::int64_t width, float eps) {
   const float columns = static_cast<float>(width);
   const float mean = sum_of_columns(width, [=](std::int64_t i) U4D_INLINE_LAMBDA { return to_float(x[i]); }) / columns;
   const float squares = sum_of_columns(width, [=](std::int64_t i) U4D_INLINE_LAMBDA {

@@ -37,4 +37,25 @@ U4D_KERNEL Status gated_residual_norm_cuda(void* stream, const void* x, const vo
                                            std::int64_t scale_stream, std::int64_t scale_clip, std::int64_t scale_frame,
                                            double eps);
 
+// The backward pass.
+//   grad_x_new, grad_normed  like x: the gradients of both results; grad_x_new may be null, which stands for zeros
+//   x_new      the forward pass' result
+//   grad_x, grad_update  like x; written, and no other argument's memory
+//   partials   [parts, 3, streams, batch, frames, width] float32, contiguous, with parts = ceil(patches /
+//              rows_per_part): for each part of a frame's rows the gradients of gate, shift and scale, to be added up
+//              over the parts. Nothing is written where there are no rows.
+U4D_KERNEL Status gated_residual_norm_grad_cpu(
+    int num_threads, const void* grad_x_new, const void* grad_normed, const void* x_new, const void* update,
+    const float* gate, const float* scale, void* grad_x, void* grad_update, float* partials, std::int64_t dtype,
+    std::int64_t streams, std::int64_t batch, std::int64_t frames, std::int64_t patches, std::int64_t width,
+    std::int64_t gate_stream, std::int64_t gate_clip, std::int64_t gate_frame, std::int64_t scale_stream,
+    std::int64_t scale_clip, std::int64_t scale_frame, std::int64_t rows_per_part, double eps);
+
+U4D_KERNEL Status gated_residual_norm_grad_cuda(
+    void* stream, const void* grad_x_new, const void* grad_normed, const void* x_new, const void* update,
+    const float* gate, const float* scale, void* grad_x, void* grad_update, float* partials, std::int64_t dtype,
+    std::int64_t streams, std::int64_t batch, std::int64_t frames, std::int64_t patches, std::int64_t width,
+    std::int64_t gate_stream, std::int64_t gate_clip, std::int64_t gate_frame, std::int64_t scale_stream,
+    std::int64_t scale_clip, std::int64_t scale_frame, std::int64_t rows_per_part, double eps);
+
 }  // namespace u4d

@@ -1,6 +1,7 @@
 #include "kernels/qk_norm_rope/qk_norm_rope.h"
 
 #include "kernels/common/vectorise.h"
+#include "kernels/qk_norm_rope/turned_pair_cpu.h"
 #include "kernels/rms_norm/norm_rows.h"
 
 namespace u4d {
@@ -16,10 +17,9 @@ U4D_INLINE void rotate_head(const T* x, const W* weight, const float* cos, const
                             float inverse) {
 #pragma GCC ivdep
   for (std::int64_t p = 0; p < pairs; ++p) {
-    const float even = to_float(x[2 * p]) * inverse * to_float(weight[2 * p]);
-    const float odd = to_float(x[2 * p + 1]) * inverse * to_float(weight[2 * p + 1]);
-    round_to(even * cos[p] - odd * sin[p], out[2 * p]);
-    round_to(even * sin[p] + odd * cos[p], out[2 * p + 1]);
+    const Pair turned = turned_pair(x, weight, cos, sin, p, inverse);
+    round_to(turned.even, out[2 * p]);
+    round_to(turned.odd, out[2 * p + 1]);
   }
 }
 

@@ -72,6 +72,45 @@ __device__ __forceinline__ void load_angles(const float* from, float (&to)[kPair
   for (int i = 0; i < kPairs; ++i) to[i] = angles.values[i];
 }
 
+// This thread's vectors of a row: all reads are on their way before the first is used.
+template <int kTeam, class T>
+__device__ __forceinline__ void load_held(const T* row, int thread, int vectors, Vector<T> (&held)[kHeldVectors]) {
+#pragma unroll
+  for (int v = 0; v < kHeldVectors; ++v) {
+    const int index = thread + v * kTeam;
+    if (index < vectors) held[v] = load_vector(row + index * Vector<T>::kSize);
+  }
+}
+
+// The inverse of a held row's root mean square.
+template <int kTeam, class T>
+__device__ __forceinline__ float inverse_of_held(const Vector<T> (&held)[kHeldVectors], int thread, int vectors,
+                                                 const Rows& rows) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int v = 0; v < kHeldVectors; ++v) {
+    if (thread + v * kTeam >= vectors) break;
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kSize; ++i) {
+      const float value = to_float(held[v].values[i]);
+      sum += value * value;
+    }
+  }
+  return rsqrtf(team_sum<kTeam>(sum) / static_cast<float>(rows.width) + rows.eps);
+}
+
+// Turns pairs of neighbours.
+template <int kPairs>
+__device__ __forceinline__ void turn(float (&values)[2 * kPairs], const float (&cosines)[kPairs],
+                                     const float (&sines)[kPairs]) {
+#pragma unroll
+  for (int p = 0; p < kPairs; ++p) {
+    const float even = values[2 * p], odd = values[2 * p + 1];
+    values[2 * p] = even * cosines[p] - odd * sines[p];
+    values[2 * p + 1] = even * sines[p] + odd * cosines[p];
+  }
+}
+
 template <class T, class W, bool kTurn, int kTeam, int kThreads>
 __global__ void __launch_bounds__(kThreads, 512 / kThreads)
     held_rows_kernel(const T* __restrict__ x, const W* __restrict__ weight, const float* __restrict__ cos,
@@ -83,23 +122,9 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
   const Place place = place_of(rows, token);
   const int vectors = rows.width / kSize;
 
-  Vector<T> held[kHeldVectors];  // all reads are on their way before the first is used
-#pragma unroll
-  for (int v = 0; v < kHeldVectors; ++v) {
-    const int index = thread + v * kTeam;
-    if (index < vectors) held[v] = load_vector(x + place.in + index * kSize);
-  }
-  float sum = 0.0f;
-#pragma unroll
-  for (int v = 0; v < kHeldVectors; ++v) {
-    if (thread + v * kTeam >= vectors) break;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const float value = to_float(held[v].values[i]);
-      sum += value * value;
-    }
-  }
-  const float inverse = rsqrtf(team_sum<kTeam>(sum) / static_cast<float>(rows.width) + rows.eps);
+  Vector<T> held[kHeldVectors];
+  load_held<kTeam>(x + place.in, thread, vectors, held);
+  const float inverse = inverse_of_held<kTeam>(held, thread, vectors, rows);
 
   const W* weights = weight + static_cast<std::int64_t>(place.stream) * rows.width;
   // In steps of kTeam vectors a thread comes to the same pairs of another head wherever head_dim divides the step: then
@@ -123,12 +148,7 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
         channel += step;
         if (channel >= rows.head_dim) channel -= rows.head_dim;
       }
-#pragma unroll
-      for (int p = 0; p < kPairs; ++p) {
-        const float even = weighted[2 * p], odd = weighted[2 * p + 1];
-        weighted[2 * p] = even * cosines[p] - odd * sines[p];
-        weighted[2 * p + 1] = even * sines[p] + odd * cosines[p];
-      }
+      turn(weighted, cosines, sines);
     }
     Vector<T> result;
 #pragma unroll
@@ -168,28 +188,42 @@ __global__ void __launch_bounds__(kWideThreads)
   }
 }
 
+inline Rows rows_of(const Sizes& sizes, std::int64_t head_dim, double eps) {
+  return {sizes.stream_stride,
+          sizes.batch_stride,
+          sizes.token_stride,
+          sizes.tokens,
+          static_cast<int>(sizes.streams),
+          static_cast<int>(sizes.batch),
+          static_cast<int>(sizes.width),
+          static_cast<int>(head_dim),
+          static_cast<float>(eps)};
+}
+
+// Whether all rows of x can be read by vectors.
+template <class T>
+bool rows_take_vectors(const T* x, const Sizes& sizes) {
+  return takes_vectors(x, sizes.stream_stride) && takes_vectors(x, sizes.batch_stride) &&
+         takes_vectors(x, sizes.token_stride);
+}
+
+// Within CUDA's limits of a grid, and of 32-bit arithmetic within a row.
+inline bool fits_grid(const Sizes& sizes) {
+  return sizes.streams * sizes.batch <= 65535 && sizes.tokens <= 2147483647 && sizes.width <= (1 << 30);
+}
+
 template <class T, class W, bool kTurn>
 Status launch_rows(void* stream, const T* x, const W* weight, const float* cos, const float* sin, T* out,
                    const Sizes& sizes, std::int64_t head_dim, double eps) {
   constexpr int kSize = Vector<T>::kSize;
   const std::int64_t pairs = sizes.streams * sizes.batch;
   if (sizes.rows() == 0 || sizes.width == 0) return kOk;
-  // CUDA's limits of a grid, and 32-bit arithmetic within a row.
-  if (pairs > 65535 || sizes.tokens > 2147483647 || sizes.width > (1 << 30)) return kTooLarge;
-  const Rows rows{sizes.stream_stride,
-                  sizes.batch_stride,
-                  sizes.token_stride,
-                  sizes.tokens,
-                  static_cast<int>(sizes.streams),
-                  static_cast<int>(sizes.batch),
-                  static_cast<int>(sizes.width),
-                  static_cast<int>(head_dim),
-                  static_cast<float>(eps)};
+  if (!fits_grid(sizes)) return kTooLarge;
+  const Rows rows = rows_of(sizes, head_dim, eps);
   const auto grid = [&](int rows_per_block) {
     return dim3(blocks_for(sizes.tokens, rows_per_block), static_cast<unsigned int>(pairs));
   };
-  const bool whole_vectors = takes_vectors(x, sizes.stream_stride) && takes_vectors(x, sizes.batch_stride) &&
-                             takes_vectors(x, sizes.token_stride) && takes_vectors(out, sizes.width) &&
+  const bool whole_vectors = rows_take_vectors(x, sizes) && takes_vectors(out, sizes.width) &&
                              takes_vectors(weight, sizes.width) &&
                              (!kTurn || (head_dim % kSize == 0 && takes_vectors(cos, 0) && takes_vectors(sin, 0)));
   const std::int64_t vectors = sizes.width / kSize;

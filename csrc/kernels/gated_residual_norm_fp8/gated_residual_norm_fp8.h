@@ -1,0 +1,35 @@
+// gated_residual_norm with the norm as e4m3 and a scale per row. Specification:
+// u4d_fast/reference/gated_residual_norm_fp8.py.
+//
+// Arguments of both launchers:
+//   x, update, gate, shift, scale, x_new  those of gated_residual_norm (kernels/gated_residual_norm/)
+//   values     [streams, batch, frames * patches, width], contiguous, and
+//   row_scale  [streams, batch, frames * patches] float32, as quantize_rows writes them (kernels/quantize_rows/)
+//
+// Arithmetic is float32. The norm is that of x_new as it was rounded, and is quantised as it is, without a rounding
+// between. The same input gives the same bits, and the bits of gated_residual followed by ada_layer_norm_fp8. Nothing
+// is allocated and nothing waited for.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/common/e4m3.h"
+#include "kernels/common/status.h"
+
+namespace u4d {
+
+U4D_KERNEL Status gated_residual_norm_fp8_cpu(
+    int num_threads, const void* x, const void* update, const float* gate, const float* shift, const float* scale,
+    void* x_new, E4m3* values, float* row_scale, std::int64_t dtype, std::int64_t streams, std::int64_t batch,
+    std::int64_t frames, std::int64_t patches, std::int64_t width, std::int64_t gate_stream, std::int64_t gate_clip,
+    std::int64_t gate_frame, std::int64_t shift_stream, std::int64_t shift_clip, std::int64_t shift_frame,
+    std::int64_t scale_stream, std::int64_t scale_clip, std::int64_t scale_frame, double eps);
+
+U4D_KERNEL Status gated_residual_norm_fp8_cuda(
+    void* stream, const void* x, const void* update, const float* gate, const float* shift, const float* scale,
+    void* x_new, E4m3* values, float* row_scale, std::int64_t dtype, std::int64_t streams, std::int64_t batch,
+    std::int64_t frames, std::int64_t patches, std::int64_t width, std::int64_t gate_stream, std::int64_t gate_clip,
+    std::int64_t gate_frame, std::int64_t shift_stream, std::int64_t shift_clip, std::int64_t shift_frame,
+    std::int64_t scale_stream, std::int64_t scale_clip, std::int64_t scale_frame, double eps);
+
+}  // namespace u4d

@@ -1,0 +1,72 @@
+"""Bias and tanh GELU as rows of e4m3: checks, dispatch and tracing."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from u4d_fast import backend as backends
+from u4d_fast.checks import check_floating, check_match, check_shape, describe
+from u4d_fast.fp8 import Fp8Rows, new_rows, refuse_gradients
+from u4d_fast.frame_tables import resolve
+from u4d_fast.ops.quantize_rows import MAX_WIDTH, check_rows
+from u4d_fast.reference.bias_gelu_fp8 import bias_gelu_fp8 as reference_bias_gelu_fp8
+
+
+def bias_gelu_fp8(x: Tensor, bias: Tensor, *, backend: backends.Backend = "auto") -> Fp8Rows:
+    """`bias_gelu` in float32 and the `quantize_rows` of its result in one pass over memory.
+
+    There are no gradients.
+
+    Args:
+        x: [S,...,D], at least three dimensions. D <= 16384 for the kernels.
+        bias: [S,D], any floating dtype.
+        backend: "auto", "reference", "cpu" or "cuda".
+    Returns:
+        values [S,...,D] float8_e4m3fn and scale [S,...] float32, both contiguous.
+    Raises:
+        ValueError: shapes disagree, a gradient is wanted, or the backend can't be had.
+        TypeError: a dtype is wrong.
+    Source:
+        Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, section 2.
+    """
+    check_rows("x", x)
+    if x.ndim < 3:
+        raise ValueError(f"x: expected [S,...,D] with at least three dimensions, got {describe(x.shape)}")
+    check_shape("bias", bias, ("S", "D"))
+    check_match("bias", bias, (x.shape[0], x.shape[-1]), "x", x)
+    check_floating(bias=bias)
+    refuse_gradients("bias_gelu_fp8", x=x, bias=bias)
+    if resolve("bias_gelu_fp8", backend, x, bias, most=MAX_WIDTH) == "reference":
+        return reference_bias_gelu_fp8(x, bias)
+    return Fp8Rows(*_launch(x, bias))
+
+
+def _kernel(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    bias = (bias if bias.dtype == x.dtype else bias.float()).contiguous()
+    rows = new_rows(x)
+    pointers = [tensor.data_ptr() for tensor in (x, bias, *rows)]
+    dtypes = backends.DTYPE_CODES[x.dtype], backends.DTYPE_CODES[bias.dtype]
+    backends.call("bias_gelu_fp8", x.device, *pointers, *dtypes, x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+    return rows
+
+
+def _reference(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    values, scale = reference_bias_gelu_fp8(x, bias)
+    return values.contiguous(), scale.contiguous()
+
+
+def _fake(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return new_rows(x)
+
+
+_launch = backends.register(
+    "bias_gelu_fp8",
+    "(Tensor x, Tensor bias) -> (Tensor values, Tensor scale)",
+    kernel=_kernel,
+    reference=_reference,
+    fake=_fake,
+    dtypes=backends.SINGLE_AND_HALF,
+)
