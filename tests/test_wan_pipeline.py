@@ -100,10 +100,11 @@ def test_large_models_are_loaded_in_bfloat16_and_the_vae_in_float32(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert u4d.Pipeline.from_pretrained(folder).transformer.dtype == torch.float32
-    monkeypatch.setattr("u4d.pipeline.LARGE_BYTES", 1000)
+    monkeypatch.setattr("u4d.checkpoint.LARGE_BYTES", 1000)
     pipe = u4d.Pipeline.from_pretrained(folder)
     assert pipe.transformer.dtype == torch.bfloat16 and pipe.vae.dtype == torch.float32
     assert pipe.transformer.blocks[0].norm2.weight.dtype == torch.float32
+    assert u4d.Pipeline.from_pretrained(folder, vae_dtype=torch.float16).vae.dtype == torch.float16
 
 
 def test_offload_never_has_two_parts_on_the_device(

@@ -45,6 +45,7 @@ MARKER = "transformer/config.json"  # by which an older checkpoint is known, a t
 SETTINGS = ("dense_steps", "dense_guidance", "camera_smoothing")  # plain values beside the components
 REQUIRED = ("transformer", "vae", "scheduler")
 TEXT_PARTS = ("text_encoder", "tokenizer")
+LARGE_BYTES = 4e9  # of weights on disk: 1 B parameters in float32, or 2 B in bfloat16
 
 
 def find_checkpoint(name: str | Path) -> Path:
@@ -67,6 +68,12 @@ def find_checkpoint(name: str | Path) -> Path:
     if not (folder / INDEX).exists():
         raise UserError(f"checkpoint {folder}: expected a diffusers folder with {INDEX}, found none there")
     return folder
+
+
+def usual_dtype(folder: Path, device: torch.device) -> torch.dtype:
+    """In what a checkpoint's transformer computes: float32 on a CPU if it is small, and else bfloat16."""
+    large = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors")) > LARGE_BYTES
+    return torch.float32 if device.type == "cpu" and not large else torch.bfloat16
 
 
 def is_hub_id(name: str | Path) -> bool:

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from u4d.checkpoint import find_checkpoint, load_components
+from u4d.checkpoint import find_checkpoint, load_components, usual_dtype
 from u4d.clips import Clips, join
 from u4d.diffusion.flow import LATENT_CHANNELS, STREAMS
 from u4d.diffusion.unipc import unipc_table
@@ -45,7 +45,6 @@ from u4d.text_encoder import embed, encode_prompt
 
 Progress = Callable[[str, int, int], None]
 DEFAULT_STEPS = 40
-LARGE_BYTES = 4e9  # of weights on disk: 1 B parameters in float32, or 2 B in bfloat16
 
 
 class Pipeline(DiffusionPipeline):
@@ -84,7 +83,13 @@ class Pipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, **options: Any
+        cls,
+        name: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        *,
+        vae_dtype: torch.dtype = torch.float32,
+        **options: Any,
     ) -> Pipeline:
         """Load a shipped preset ("tiny"), a folder in diffusers' layout, or a hub id.
 
@@ -92,23 +97,18 @@ class Pipeline(DiffusionPipeline):
             name: what to load.
             device: where to run.
             dtype: of the transformer; by default float32 on a CPU for a model of less than 1 B parameters, and
-                bfloat16 elsewhere. The VAE is always float32: depth needs more than bfloat16's 8 bits.
+                bfloat16 elsewhere.
+            vae_dtype: of the VAE. float16 is faster on a GPU; bfloat16 has too few bits for depth.
             options: passed on to `DiffusionPipeline.from_pretrained`.
         Raises:
             UserError: nothing there, or a damaged checkpoint; the file is named.
         """
         source = find_checkpoint(name)
-        if dtype is None:
-            large = sum(file.stat().st_size for file in (source / "transformer").glob("*.safetensors")) > LARGE_BYTES
-            dtype = torch.float32 if torch.device(device).type == "cpu" and not large else torch.bfloat16
+        dtype = dtype or usual_dtype(source, torch.device(device))
         on_disk = "text_encoder" not in options and (source / "text_encoder").is_dir()
         options = {"text_encoder": None, "tokenizer": None, **options}
-        dtypes = {"vae": torch.float32, "default": dtype}
-
-        def load() -> Pipeline:
-            pipe: Pipeline = super(Pipeline, cls).from_pretrained(source, dtype=dtypes, use_safetensors=True, **options)
-            return pipe
-
+        dtypes = {"vae": vae_dtype, "default": dtype}
+        load = partial(super().from_pretrained, source, dtype=dtypes, use_safetensors=True, **options)
         placed: Pipeline = load_components(source, load).to(device)
         placed.text_folder = source if on_disk else None
         return placed
@@ -293,7 +293,7 @@ class Pipeline(DiffusionPipeline):
         report = {
             **describe(given),
             **{"steps": steps, "guidance": guidance, "seed": seed, "timings_s": clock.seconds},
-            **{"sampler": drawn.launching, "drawn": candidates},
+            **{"sampler": drawn.launching, "drawn": candidates, "precision": self.transformer.precision},
             "camera_smoothing": smoothing if given.anchor is None else 0.0,
             **describe_search(scores, depth, best, drawn),
             "consistency": consistency(scores, residual, best),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from u4d.errors import UserError
 
 RAY_BASES = ("frames", "dct")
+Precision = Literal["exact", "fp8", "fp8-linear"]  # of a model's matrix products, see model/arithmetic.py
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 Config = TypeVar("Config", "TransformerConfig", "CodecConfig")
 
 

@@ -105,7 +105,7 @@ def test_long_calls_are_repeated_less_often(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("nonsense",), "WHAT: expected one of attention, got 'nonsense'"),
+        (("nonsense",), "WHAT: expected one of attention, ops, got 'nonsense'"),
         (("attention", "--tokens", 0), "--tokens"),
         (("attention", "--dtype", "float8"), "--dtype"),
         (("attention", "--preset", "huge"), "--preset"),

@@ -42,7 +42,7 @@ def test_the_help_of_complete_is_enough_to_use_it(u4d: Command) -> None:
     for name, task in TASKS.items():
         assert name in text and task.observe in text and task.description in text
     options = "--observe --task --cameras --steps --guidance --candidates --halving --seed --frames --prompt"
-    options += " --checkpoint --device"
+    options += " --checkpoint --device --precision"
     for option in (*options.split(), "--original-size", "--lossless", "--overwrite", "INPUT", "-o OUT"):
         assert option in text
     assert "u4d complete clip.mp4 -o out/clip" in text

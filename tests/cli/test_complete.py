@@ -102,6 +102,16 @@ def test_results_come_lossless_and_at_the_inputs_size_on_request(
 
 
 @plain_summary
+def test_fp8_changes_the_result_a_little_and_is_told(complete: Command, video: Path, tmp_path: Path) -> None:
+    scenes = {}
+    for precision in ("exact", "fp8"):
+        assert complete(video, "-o", tmp_path / precision, "--precision", precision, "--frames", 3).code == 0
+        assert report_of(tmp_path / precision)["precision"] == precision
+        scenes[precision] = Scene.load(tmp_path / precision).depth
+    assert 0 < float((scenes["fp8"] / scenes["exact"]).log().abs().median()) < 0.05
+
+
+@plain_summary
 def test_an_older_result_stays_unless_overwrite_is_asked_for(complete: Command, video: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert complete(video, "-o", out, "--frames", 2).code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,10 +41,26 @@ def test_eval_of_a_task_scores_what_it_leaves_open(u4d: Command, debug_checkpoin
     assert "frame blend" in done.out and "translation direction" not in done.out
 
 
+def test_eval_with_halving_gives_candidates_up(u4d: Command, debug_checkpoint: Path, tmp_path: Path) -> None:
+    options = ("--clips", 1, "--steps", 2, "--device", "cpu", "--candidates", 4, "--json", tmp_path / "report.json")
+    done = u4d("eval", "--checkpoint", debug_checkpoint, *options, "--halving")
+    assert (done.code, done.err) == (0, "") and "candidates 4, seed 0" in done.out and "halving 4 -> 1" in done.out
+    assert json.loads((tmp_path / "report.json").read_text())["model"]["settings"]["halving"] == "4 -> 1"
+
+
+def test_halving_of_eval_is_that_of_the_pipeline() -> None:
+    asked: list[dict[str, object]] = []
+    pipe = SimpleNamespace(complete=lambda scene, **settings: asked.append(settings) or scene)
+    assert eval_verb.GivesUp(pipe).complete("a scene", seed=3) == "a scene"
+    assert asked == [{"halving": True, "seed": 3}]
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
         (("--observe", "rgb:77"), "rgb:77"),
+        (("--halving",), "halving: expected at least 2 candidates"),
+        (("--halving", "--candidates", 4), "halving: expected more than 1 steps"),
         (("--clips", 2000), "--clips"),
         (("--task", "slam"), "--task"),
         (("--json", "/proc/u4d/report.json"), "/proc/u4d"),

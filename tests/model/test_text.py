@@ -42,6 +42,15 @@ def test_a_zero_row_between_words_is_no_padding() -> None:
     assert torch.equal(prompt.embeddings, text) and prompt.bias is None
 
 
+def test_padding_weighs_right_under_autocast_too() -> None:
+    model = random_transformer(text_length=512)
+    with torch.autocast("cpu", torch.bfloat16):
+        bias = model.null_prompt().bias
+    assert bias.shape[1] == 3 and model.null_prompt().bias.shape[1] == 2
+    weight = float(bias[0, 1:].bfloat16().double().exp().sum())
+    assert weight == pytest.approx(model.config.text_length - 1, rel=1e-3)
+
+
 @torch.no_grad()
 def test_one_prompt_serves_a_batch() -> None:
     """Keys of one prompt are shared by all clips: nothing of the batch's size is kept."""

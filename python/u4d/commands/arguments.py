@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from u4d.errors import UserError
+from u4d.presets import PRECISIONS, Precision
 
 if TYPE_CHECKING:
     from u4d.pipeline import Pipeline
@@ -80,6 +81,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         help="completions to draw, of which the most consistent is kept (default 1)",
     )
     parser.add_argument(
+        "--halving",
+        action="store_true",
+        help="with --candidates: give up three of four between steps, by their one-step estimates (16 -> 4 -> 1): "
+        "about a quarter of the time, and not always the very best (docs/tiny.md)",
+    )
+    parser.add_argument(
         "--seed", type=whole_number(0), default=0, metavar="N", help="the same seed gives the same result (default 0)"
     )
 
@@ -118,6 +125,13 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         "--offload",
         action="store_true",
         help="keep weights on the CPU and bring each part to the GPU while it works: for models that don't fit whole",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="exact",
+        help="fp8: matrix products of linear layers and self-attention in fp8 (fp8-linear: only linear layers), faster "
+        "on a Hopper GPU, slower elsewhere; what it costs in quality: docs/tiny.md (default exact)",
     )
 
 
@@ -170,17 +184,18 @@ def torch_device(device: str) -> str:
 
 @dataclass(frozen=True)
 class Weights:
-    """What `add_checkpoint` asks for: which weights, with what adapters, and where they run."""
+    """What `add_checkpoint` asks for: which weights, with what adapters, where they run, and how exactly."""
 
     checkpoint: str = "tiny"
     lora: Path | None = None
     device: str = "auto"
     offload: bool = False
+    precision: Precision = "exact"
 
 
 def weights_of(args: argparse.Namespace) -> Weights:
     """The arguments of `add_checkpoint`."""
-    return Weights(args.checkpoint, args.lora, args.device, args.offload)
+    return Weights(args.checkpoint, args.lora, args.device, args.offload, args.precision)
 
 
 def load_pipeline(weights: Weights) -> Pipeline:
@@ -207,4 +222,5 @@ def load_pipeline(weights: Weights) -> Pipeline:
             pipe = Pipeline.from_pretrained(weights.checkpoint, device=device)
         if weights.lora is not None:
             pipe.load_lora(weights.lora)
+        pipe.transformer.set_precision(weights.precision)
         return pipe

@@ -19,8 +19,11 @@ LEAST_REPEATS = 3
 LONGEST_SECONDS = 10.0  # of one backend's forward or backward pass; fewer repeats where they take longer
 SAMPLED_ROWS = 32
 BACKWARD_PRODUCTS = 2.5  # five products of the size of the forward pass's two
+L2_BYTES = 256 * 2**20  # more than any GPU's L2
 
 Progress = Callable[[str, int, int], None]
+Spread = tuple[float, float, float]
+"""Median, 10th and 90th percentile."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class Timed:
     """
 
     backend: str
-    forward_ms: tuple[float, float, float] | None = None
-    backward_ms: tuple[float, float, float] | None = None
+    forward_ms: Spread | None = None
+    backward_ms: Spread | None = None
     error: float | None = None
     reason: str = ""
 
@@ -107,8 +110,8 @@ def _measure(backend: str, qkv: tuple[Tensor, ...], rows: Tensor, expected: Tens
     return Timed(backend, forward, backward, float((found - expected).norm() / expected.norm()))
 
 
-def time_calls(call: Callable[[], Any], repeats: int, device: torch.device) -> tuple[float, float, float]:
-    """Milliseconds of a call: (median, 10th percentile, 90th percentile)."""
+def time_calls(call: Callable[[], Any], repeats: int, device: torch.device) -> Spread:
+    """Milliseconds of a call."""
     times: list[float] = []
     started = 0.0
     for number in range(WARM_UP + repeats):
@@ -131,6 +134,7 @@ def _cpu_ms(call: Callable[[], Any]) -> float:
 
 def _gpu_ms(call: Callable[[], Any]) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda").zero_()  # nothing is in the cache, and Python gets ahead
     start.record()
     call()
     end.record()

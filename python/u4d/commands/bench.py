@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING
 from u4d.commands.arguments import add_device, torch_device, whole_number
 from u4d.commands.console import Bars, format_facts, format_table, use_all_cores
 from u4d.errors import UserError
-from u4d.presets import PRESETS
+from u4d.presets import PRESETS, TransformerConfig
 
 if TYPE_CHECKING:
     from u4d.commands.attention_times import Shape, Timed
+    from u4d.commands.op_cases import Sizes
 
 SUMMARY = "measure what this machine reaches, and choose the fastest attention by it"
 INTERRUPTED = "nothing was saved"
-MEASURED = {"attention": "dense attention by every library that is here, against the GPU's peak"}
+MEASURED = {
+    "attention": "dense attention by every library that is here, against the GPU's peak",
+    "ops": "every op's kernel, beside the same in eager torch and under torch.compile",
+}
 HALF = ("bfloat16", "float16")
 DTYPES = (*HALF, "float32", "float64")
 BACKWARD_PRODUCTS = 2.5
@@ -32,10 +36,20 @@ examples:
         another shape, as JSON for other programs
   u4d bench attention --tokens 4096 --heads 24 --head-dim 64
         any shape
+  u4d bench ops
+        all ops at the sizes of wan-1.3b on a GPU, of tiny on a CPU
+  u4d bench ops --op rms_norm --op bias_gelu --no-compile
+        two of them, without the minutes that torch.compile may take
 
-The error is the relative L2 distance from attention in float64, over a sample of the queries. TFLOP/s count the
-products of attention itself: 4 batch heads tokens^2 head-dim forward, 2.5 times as many backward. The peak is the
-maker's figure for dense bfloat16 products."""
+attention: the error is the relative L2 distance from attention in float64, over a sample of the queries. TFLOP/s count
+the products of attention itself: 4 batch heads tokens^2 head-dim forward, 2.5 times as many backward. The peak is the
+maker's figure for dense bfloat16 products.
+
+ops: forward alone. x is how many times as long as the kernel a version takes, the error the relative L2 distance of
+the kernel's result from eager torch's in the same dtype. Ops that round to 8 bits stand beside exact ones where there
+are any."""
+ATTENTION_ONLY = ("tokens", "heads", "head_dim", "save")
+OPS_ONLY = ("op", "no_compile")
 
 
 def epilog() -> str:
@@ -60,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--save", action="store_true", help="keep the times for u4d_fast.dense_attention to choose by")
+    parser.add_argument("--op", action="append", metavar="NAME", help="with ops: this one alone; may be repeated")
+    parser.add_argument("--no-compile", action="store_true", help="with ops: leave torch.compile out")
     add_device(parser)
 
 
@@ -70,9 +86,13 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.what not in MEASURED:
         raise UserError(f"WHAT: expected one of {', '.join(MEASURED)}, got {args.what!r}")
+    for name in OPS_ONLY if args.what == "attention" else ATTENTION_ONLY:
+        if getattr(args, name):
+            owner = "ops" if args.what == "attention" else "attention"
+            raise UserError(f"--{name.replace('_', '-')}: expected it with '{owner}', got it with {args.what!r}")
     device = torch_device(args.device)
     use_all_cores()
-    bench_attention(args, device)
+    {"attention": bench_attention, "ops": bench_ops}[args.what](args, device)
 
 
 def bench_attention(args: argparse.Namespace, device: str) -> None:
@@ -95,19 +115,62 @@ def bench_attention(args: argparse.Namespace, device: str) -> None:
             print(f"saved to {file}: u4d_fast.dense_attention takes the fastest for lengths like this one")
 
 
+def bench_ops(args: argparse.Namespace, device: str) -> None:
+    """Measure every op, or those that were asked for, and print."""
+    import torch
+
+    from u4d.commands.op_cases import CASES
+    from u4d.commands.op_times import as_json, measure_ops, report
+    from u4d_fast.attention_table import device_name
+
+    for name in args.op or ():
+        if name not in CASES:
+            raise UserError(f"--op: expected one of {', '.join(CASES)}, got {name!r}")
+    sizes, name = op_sizes(args, device), device_name(torch.device(device))
+    with Bars("op") as bars:
+        timed = measure_ops(
+            args.op or list(CASES),
+            sizes,
+            args.repeats,
+            lambda op, done, total: bars("ops", done, total),
+            compiled=not args.no_compile,
+        )
+    print(json.dumps(as_json(sizes, timed, name), indent=1) if args.json else report(sizes, timed, name))
+
+
+def op_sizes(args: argparse.Namespace, device: str) -> Sizes:
+    """The preset's."""
+    import torch
+
+    from u4d.commands.op_cases import Sizes
+
+    dtype = getattr(torch, args.dtype or default_dtype(device))
+    return Sizes.of(preset_config(args, device), args.batch or 1, dtype, device)
+
+
+def preset_config(args: argparse.Namespace, device: str) -> TransformerConfig:
+    """The sizes of the preset that was asked for, or of the device's usual one."""
+    return PRESETS[args.preset or ("wan-1.3b" if device == "cuda" else "tiny")]().transformer
+
+
+def default_dtype(device: str) -> str:
+    """What models run in there."""
+    return "bfloat16" if device == "cuda" else "float32"
+
+
 def attention_shape(args: argparse.Namespace, device: str) -> Shape:
     """The preset's shape, with what was given in its place."""
     from u4d.commands.attention_times import Shape
     from u4d_fast.time_layout import latent_frames
 
-    config = PRESETS[args.preset or ("wan-1.3b" if device == "cuda" else "tiny")]().transformer
+    config = preset_config(args, device)
     tokens = 4 * latent_frames(config.num_frames) * (config.image_size[0] // 16) * (config.image_size[1] // 16)
     return Shape(
         batch=args.batch or 1,
         tokens=args.tokens or tokens,
         heads=args.heads or config.num_attention_heads,
         head_dim=args.head_dim or config.attention_head_dim,
-        dtype=args.dtype or ("bfloat16" if device == "cuda" else "float32"),
+        dtype=args.dtype or default_dtype(device),
     )
 
 

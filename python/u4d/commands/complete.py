@@ -66,12 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_sampling(parser)
     parser.add_argument(
-        "--halving",
-        action="store_true",
-        help="with --candidates: give up three of four between steps, by their one-step estimates (16 -> 4 -> 1): "
-        "about a quarter of the time, and not always the very best (docs/tiny.md)",
-    )
-    parser.add_argument(
         "--frames",
         type=whole_number(1),
         metavar="N",

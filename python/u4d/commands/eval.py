@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from u4d.commands.arguments import (
     add_checkpoint,
@@ -56,6 +56,8 @@ examples:
         depth and cameras from all images (dense), on 32 test clips
   u4d eval --observe rgb:0,-1 --clips 100 --json sparse.json
         from the first and the last image alone (sparse): the images between are scored too
+  u4d eval --observe rgb:0 --candidates 16 --halving
+        the best of sixteen completions, most of them given up on the way
   u4d eval --checkpoint run/checkpoint --split val --steps 10
 
 Scenes come from u4d.data.ProceduralScenes at the checkpoint's size. Only what was not observed is scored, and the
@@ -97,18 +99,21 @@ def measure(
     """Reports of the model and of its codec over the first clips of a split."""
     from u4d.commands.comparison import training_averages
     from u4d.evaluate import evaluate, evaluate_codec
+    from u4d.sample.halving import plan_cuts
     from u4d.sample.observation import parse_observation
 
-    # A wrong spec is told before anything is rendered.
-    steps, guidance = pipe.recommended(parse_observation(observe, scenes.frames))
+    # Wrong settings are told before anything is rendered.
+    recommended, guidance = pipe.recommended(parse_observation(observe, scenes.frames))
+    steps = args.steps or recommended
+    cuts = plan_cuts(args.candidates, steps, args.halving)
     priors = training_averages(scenes.frames, PRIOR_CLIPS)
     seen: list[Scene] = []
     with Bars("clip") as bars:
         model = evaluate(
-            pipe,
+            GivesUp(pipe) if cuts else pipe,
             first_clips(scenes, args.clips, seen),
             observe=observe,
-            steps=args.steps or steps,
+            steps=steps,
             guidance=guidance if args.guidance is None else args.guidance,
             candidates=args.candidates,
             clips=args.clips,
@@ -122,7 +127,21 @@ def measure(
             clips=len(seen),
             progress=lambda done, total: bars("codec", done, total),
         )
+    if cuts:
+        counts = " -> ".join(map(str, [args.candidates, *(cut.keep for cut in cuts)]))
+        model = replace(model, settings={**model.settings, "halving": counts})
     return model, codec
+
+
+@dataclass(frozen=True, eq=False)
+class GivesUp:
+    """A pipeline that gives candidates up between steps."""
+
+    pipe: Pipeline
+
+    def complete(self, scene: Scene, **settings: Any) -> Scene:
+        """As the pipeline's own."""
+        return self.pipe.complete(scene, halving=True, **settings)
 
 
 def first_clips(scenes: ProceduralScenes, count: int, seen: list[Scene]) -> Iterator[Scene]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from u4d.errors import UserError
 from u4d.model.stacked import StackedLinear
 from u4d.model.transformer import Transformer
+from u4d_fast import Fp8Rows
 
 BLOCKS = "blocks."
 TARGETS = (
@@ -72,12 +73,14 @@ class LoRALinear(StackedLinear):
         self.lora_B = nn.Parameter(torch.zeros(streams, out_features, config.rank, device=device, dtype=torch.float32))
         self.train(base.training)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
         """`[S,...,in]` -> `[S,...,out]`; the adapters are applied in the dtype of the base's result."""
-        base = super().forward(x).flatten(1, -2)
+        result = super().forward(x)
+        base = result.flatten(1, -2)
+        x = x.dequantize() if isinstance(x, Fp8Rows) else x
         down = torch.bmm(x.flatten(1, -2).to(base.dtype), self.lora_A.mT.to(base.dtype))
         up = torch.baddbmm(base, down, self.lora_B.mT.to(base.dtype), alpha=self.config.scale)
-        return up.unflatten(1, x.shape[1:-1])
+        return up.view_as(result)
 
     def merged_weight(self) -> Tensor:
         """`W + alpha / rank B A`, `[S,out,in]` in float32 or the weight's own higher precision."""

@@ -12,25 +12,51 @@ import torch
 from torch import Tensor, nn
 
 import u4d_fast
+from u4d_fast import Fp8Rows
 
 
 class StackedLinear(nn.Module):
-    """One linear layer per stream: weight `[S,out,in]`, bias `[S,out]`."""
+    """One linear layer per stream: weight `[S,out,in]`, bias `[S,out]`.
+
+    Of fp8 rows it makes the product in fp8, without gradients.
+    """
 
     def __init__(self, streams: int, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(streams, out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(streams, out_features))
         nn.init.trunc_normal_(self.weight, std=1 / math.sqrt(in_features), a=-3, b=3)
+        self._in_fp8: tuple[tuple[object, ...], Fp8Rows] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[S,...,in]` -> `[S,...,out]`."""
-        flat = x.flatten(1, -2)
-        return torch.baddbmm(self.bias[:, None], flat, self.weight.transpose(1, 2)).unflatten(1, x.shape[1:-1])
+    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
+        """`[S,...,in]` -> `[S,...,out]`, in the weight's dtype."""
+        if isinstance(x, Fp8Rows):
+            return u4d_fast.grouped_linear_fp8(x, self.weight_in_fp8(), self.bias, dtype=self.weight.dtype)
+        if x.dtype == self.weight.dtype:
+            return u4d_fast.grouped_linear(x, self.weight, self.bias)
+        flat = x.flatten(1, -2)  # autocast makes the dtypes meet
+        return torch.baddbmm(self.bias[:, None], flat, self.weight.mT).unflatten(1, x.shape[1:-1])
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor | Fp8Rows) -> Tensor:
         """The same without the bias, for whoever adds it together with what comes next."""
+        if isinstance(x, Fp8Rows):
+            return u4d_fast.grouped_linear_fp8(x, self.weight_in_fp8(), None, dtype=self.weight.dtype)
         return torch.bmm(x.flatten(1, -2), self.weight.transpose(1, 2)).unflatten(1, x.shape[1:-1])
+
+    @torch.no_grad()
+    def weight_in_fp8(self) -> Fp8Rows:
+        """The weight as fp8 rows, one scale per output channel; kept until the weight changes or moves."""
+        if torch.compiler.is_compiling():  # a trace sees neither addresses nor versions
+            return u4d_fast.quantize_rows(self.weight) if self._in_fp8 is None else self._in_fp8[1]
+        weight = self.weight
+        state = (weight.device, weight.data_ptr(), None if weight.is_inference() else weight._version)
+        if self._in_fp8 is None or self._in_fp8[0] != state:
+            self._in_fp8 = (state, u4d_fast.quantize_rows(weight))
+        return self._in_fp8[1]
+
+    def forget_fp8(self) -> None:
+        """Give the memory of the weight's fp8 form back."""
+        self._in_fp8 = None
 
 
 class StackedRMSNorm(nn.Module):

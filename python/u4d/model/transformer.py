@@ -19,11 +19,13 @@ from torch.nn.functional import gelu, scaled_dot_product_attention, silu
 
 import u4d_fast
 from u4d.diffusion.flow import LATENT_CHANNELS, STREAMS
+from u4d.model.arithmetic import Rows, arithmetic_of
 from u4d.model.motion import MotionFeatures
 from u4d.model.rotary import rotary_table
 from u4d.model.stacked import StackedLayerNorm, StackedLinear, StackedRMSNorm
 from u4d.model.text import Prompt, TextKeys, collapse_padding, split_log
-from u4d.presets import TransformerConfig, read_config
+from u4d.presets import Precision, TransformerConfig, read_config
+from u4d_fast import Fp8Rows
 from u4d_fast.backend import SINGLE_AND_HALF, resolve
 
 PATCH = 2
@@ -58,6 +60,7 @@ class Transformer(ModelMixin, ConfigMixin):
         self.link = StreamLink(streams - 1, width) if config.rgb_to_geometry else None
         self.register_buffer("null_text", torch.zeros(1, config.text_dim))
         self.gradient_checkpointing = False
+        self.precision: Precision = "exact"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Transformer:
@@ -111,13 +114,30 @@ class Transformer(ModelMixin, ConfigMixin):
         patches = x.reshape(len(STREAMS), batch, frames, rows, columns, PATCH, PATCH, -1)
         return patches.permute(1, 0, 7, 2, 3, 5, 4, 6).reshape(latents.shape)
 
+    def set_precision(self, precision: Precision) -> None:
+        """Compute the blocks' matrix products in fp8 from now on, or exactly again; parameters stay as they are.
+
+        Args:
+            precision: "exact"; "fp8": linear layers and self-attention; "fp8-linear": linear layers alone. In fp8
+                there are no gradients, and the weights' fp8 form is kept beside them (half as large as bfloat16).
+        Raises:
+            ValueError: there is no such precision.
+        """
+        arithmetic = arithmetic_of(precision)
+        for part in self.modules():
+            if isinstance(part, Block | Attention):
+                part.arithmetic = arithmetic
+            elif isinstance(part, StackedLinear) and precision == "exact":
+                part.forget_fp8()
+        self.precision = precision
+
     def text_keys(self, text: Tensor | None) -> TextKeys:
         """Keys and values of a prompt in every block, its padding collapsed; None stands for the null text.
 
         Args:
             text: `[B,T,text_dim]`; zero rows at the end are padding. B may be 1 for one prompt shared by a batch.
         """
-        prompt = self.null_prompt() if text is None else collapse_padding(text, self.dtype)
+        prompt = self.null_prompt() if text is None else collapse_padding(text, self.score_dtype)
         embedded = self.condition_embedder.embed_text(prompt.embeddings)
         blocks = [block for block in self.blocks if isinstance(block, Block)]
         return TextKeys(tuple(block.attn2.keys_of(embedded) for block in blocks), prompt.bias)
@@ -130,11 +150,18 @@ class Transformer(ModelMixin, ConfigMixin):
 
     def null_prompt(self) -> Prompt:
         """The checkpoint's null text `[1,L,text_dim]` and its padding."""
-        padding = split_log(self.config.text_length - 1, self.dtype)
+        padding = split_log(self.config.text_length - 1, self.score_dtype)
         if not padding:
             return Prompt(self.null_text[None])
         embeddings = torch.cat((self.null_text, self.null_text.new_zeros(len(padding), self.config.text_dim)))
         return Prompt(embeddings[None], torch.tensor([[0.0, *padding]], device=embeddings.device))
+
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """The dtype of attention's scores: autocast's where it is on, else the weights'."""
+        device = self.null_text.device.type
+        by_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if by_autocast else self.dtype
 
     @torch.no_grad()
     def start_as_passthrough(self) -> None:
@@ -239,6 +266,7 @@ class Block(nn.Module):
     def __init__(self, streams: int, width: int, ffn_dim: int, heads: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        self.arithmetic = arithmetic_of("exact")
         self.attn1 = Attention(streams, width, heads, eps)
         self.attn2 = Attention(streams, width, heads, eps)
         self.norm2 = StackedLayerNorm(streams, width, eps)
@@ -258,17 +286,17 @@ class Block(nn.Module):
         # Tables `[S,B,F,D]` per (stream, clip, latent frame): never expanded to tokens.
         parts = (self.scale_shift_table[:, None] + modulation.float()).unbind(-2)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
-        normed = u4d_fast.ada_layer_norm(x, shift, scale, self.eps)
+        normed = self.arithmetic.norm(x, shift, scale, self.eps)
         update = self.attn1.over_streams(normed, table, modulation.shape[2], group_mask)
         keys = self.attn2.keys_of(text) if isinstance(text, Tensor) else text
         if keys[0].shape[2] == 1:  # softmax over one key is 1: neither queries nor their norm are needed
             x = u4d_fast.gated_residual(x, update, gate) + self.attn2.to_out[0](keys[1])
-            normed = u4d_fast.ada_layer_norm(x, ffn_shift, ffn_scale, self.eps)
+            normed = self.arithmetic.norm(x, ffn_shift, ffn_scale, self.eps)
         else:
-            x, normed = u4d_fast.gated_residual_norm(x, update, gate, *self.norm2.tables(gate), self.eps)
+            x, normed = self.arithmetic.residual_norm(x, update, gate, *self.norm2.tables(gate), self.eps)
             update = self.attn2.to_text(normed, keys, text_bias)
             open_gate = torch.ones_like(gate[:, :1, :1]).expand_as(gate)
-            x, normed = u4d_fast.gated_residual_norm(x, update, open_gate, ffn_shift, ffn_scale, self.eps)
+            x, normed = self.arithmetic.residual_norm(x, update, open_gate, ffn_shift, ffn_scale, self.eps)
         del update  # memory: the feed-forward is where a block takes most
         update = self.ffn(normed)
         del normed
@@ -281,6 +309,7 @@ class Attention(nn.Module):
     def __init__(self, streams: int, width: int, heads: int, eps: float) -> None:
         super().__init__()
         self.heads = heads
+        self.arithmetic = arithmetic_of("exact")
         self.to_q = StackedLinear(streams, width, width)
         self.to_k = StackedLinear(streams, width, width)
         self.to_v = StackedLinear(streams, width, width)
@@ -288,28 +317,31 @@ class Attention(nn.Module):
         self.norm_q = StackedRMSNorm(streams, width, eps)
         self.norm_k = StackedRMSNorm(streams, width, eps)
 
-    def over_streams(self, x: Tensor, table: tuple[Tensor, Tensor], frames: int, group_mask: Tensor | None) -> Tensor:
+    def over_streams(self, x: Rows, table: tuple[Tensor, Tensor], frames: int, group_mask: Tensor | None) -> Tensor:
         """Every token of every stream attends to every other: `[S,B,T,D]` -> `[S,B,T,D]`."""
-        streams, _, tokens, _ = x.shape
         q = u4d_fast.qk_norm_rope(self.to_q(x), self.norm_q.weight, *table, self.heads, self.norm_q.eps)
         k = u4d_fast.qk_norm_rope(self.to_k(x), self.norm_k.weight, *table, self.heads, self.norm_k.eps)
-        v = self.to_v(x).transpose(0, 1).flatten(1, 2).unflatten(-1, (self.heads, -1))
-        attended = u4d_fast.multi_stream_attention(q, k, v, tokens // frames, group_mask)
-        return self.to_out[0](attended.unflatten(1, (streams, tokens)).transpose(0, 1).flatten(-2))
+        v = self.to_v(x)
+        streams, _, tokens, _ = v.shape
+        v = v.transpose(0, 1).flatten(1, 2).unflatten(-1, (self.heads, -1))
+        attended = self.arithmetic.attention(q, k, v, tokens // frames, group_mask)
+        attended = attended.unflatten(1, (streams, tokens)).transpose(0, 1).flatten(-2)
+        return self.to_out[0](self.arithmetic.rows(attended))
 
     def keys_of(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value of text tokens: `[S,B,L,D]` -> `[S,B,L,D]` each."""
         return self.norm_k(self.to_k(text)), self.to_v(text)
 
-    def to_text(self, x: Tensor, keys: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+    def to_text(self, x: Rows, keys: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
         """Every token attends to its stream's text tokens: `[S,B,T,D]`, keys of `keys_of`, bias `[B,L]`."""
         q = self.norm_q(self.to_q(x))
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(2, 3) for part in (q, *keys))
         k, v = (part.expand(*q.shape[:3], *part.shape[3:]).flatten(0, 1) for part in (k, v))
         if bias is not None:
-            bias = bias.type_as(q).expand(*x.shape[:2], -1).flatten(0, 1)[:, None, None]
+            bias = bias.type_as(q).expand(*q.shape[:2], -1).flatten(0, 1)[:, None, None]
         attended = scaled_dot_product_attention(q.flatten(0, 1), k, v, attn_mask=bias)
-        return self.to_out[0](attended.transpose(1, 2).flatten(-2).unflatten(0, x.shape[:2]))
+        attended = attended.transpose(1, 2).flatten(-2).unflatten(0, q.shape[:2])
+        return self.to_out[0](self.arithmetic.rows(attended))
 
 
 class FeedForward(nn.Module):
@@ -321,7 +353,7 @@ class FeedForward(nn.Module):
             GELUProjection(streams, width, hidden), nn.Identity(), StackedLinear(streams, hidden, width)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Rows) -> Tensor:
         return self.net(x)
 
 
@@ -332,11 +364,19 @@ class GELUProjection(nn.Module):
         super().__init__()
         self.proj = StackedLinear(streams, in_features, out_features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return gelu(self.proj(x), approximate="tanh")
-        # In place: the hidden layer is the largest tensor of the model, and nobody needs it without the GELU. Without
-        # a kernel bias_gelu would store it in float32; adapters come after the bias.
+    def forward(self, x: Rows) -> Rows:
+        if isinstance(x, Fp8Rows):
+            return self.in_fp8(x)
+        # The hidden layer is the largest tensor of the model: in place where no gradient needs it without the GELU.
+        # Without a kernel bias_gelu would store it in float32; adapters come after the bias.
+        inplace = not torch.is_grad_enabled()
         if type(self.proj) is StackedLinear and resolve("bias_gelu", "auto", x, dtypes=SINGLE_AND_HALF) != "reference":
-            return u4d_fast.bias_gelu(self.proj.product(x), self.proj.bias, inplace=True)
-        return torch.ops.aten.gelu_(self.proj(x), approximate="tanh")
+            return u4d_fast.bias_gelu(self.proj.product(x), self.proj.bias, inplace=inplace)
+        hidden = self.proj(x)
+        return torch.ops.aten.gelu_(hidden, approximate="tanh") if inplace else gelu(hidden, approximate="tanh")
+
+    def in_fp8(self, x: Fp8Rows) -> Fp8Rows:
+        """The same from fp8 rows to fp8 rows."""
+        if type(self.proj) is StackedLinear:
+            return u4d_fast.bias_gelu_fp8(self.proj.product(x), self.proj.bias)
+        return u4d_fast.quantize_rows(torch.ops.aten.gelu_(self.proj(x), approximate="tanh"))

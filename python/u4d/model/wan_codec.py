@@ -20,6 +20,8 @@ from torch import Tensor
 from u4d.errors import UserError
 from u4d.model.codec import CELL, TinyCodec, check_clip, check_stream
 from u4d.model.latents import Codec
+from u4d.model.wan_vae_parts import wan_vae_kept
+from u4d.model.wan_vae_pass import decode_clip, encode_clip
 from u4d_fast.time_layout import FRAMES_PER_GROUP, frame_groups, latent_frames
 
 LATENT_CHANNELS = 16
@@ -42,21 +44,25 @@ class WanCodec:
     """Clips in [-1,1] <-> latents, one clip at a time, so that memory does not grow with the batch.
 
     A picture of more than `tile_above` pixels is also cut into overlapping tiles (diffusers' own: 256 pixels wide and
-    high, 64 shared, blended). Memory is then bounded (decoding 480x832 in float32: 1.2 GB of activations, not 7.3), but
+    high, 64 shared, blended). Memory is then bounded (decoding 480x832 in float32: 1.2 GB of activations, not 7), but
     values change: convolutions see no further than a tile's edge, and attention only what is in the tile. With random
     weights and 240x320 the latents differ by 12 % of their deviation and the images by 16 %, mostly near the seams. So
     tiles are off up to Wan's own size, 480x832. With `tile_above=0` or `vae.enable_tiling()`, which also sets their
     sizes, they are on wherever a picture is larger than one tile.
 
-    The VAE keeps what it knows of earlier frames in itself while it works: one call at a time.
+    A clip goes through the VAE's weights in chunks of many latent frames (`wan_vae_pass`), which computes what
+    diffusers does frame by frame. Where something of the VAE was replaced or hooked to, and in tiles, diffusers' own
+    passes run (`kept` says why); then the VAE keeps earlier frames in itself while it works: one call at a time.
 
     Attributes:
         vae: with 16 channels and stride 4x8x8, see `as_codec`.
         tile_above: pixels of the largest picture that is not tiled.
+        in_chunks: False: diffusers' own passes run in any case.
     """
 
     vae: AutoencoderKLWan
     tile_above: int = TILE_ABOVE
+    in_chunks: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -67,6 +73,11 @@ class WanCodec:
     def dtype(self) -> torch.dtype:
         """Type of the VAE's weights, in which it computes."""
         return self.vae.dtype
+
+    @property
+    def kept(self) -> str:
+        """Why diffusers' own passes run for pictures that are not tiled; empty where ours do."""
+        return wan_vae_kept(self.vae)
 
     def encode(self, clip: Tensor, stream: str) -> Tensor:
         """`[B,N,C,H,W]` in [-1,1] -> `[B,16,F,H/8,W/8]`, the posterior's mode; stream is "rgb" (C=3) or "depth" (C=1).
@@ -80,10 +91,10 @@ class WanCodec:
         groups = frame_groups(clip.shape[1]).to(clip.device)
         causal = torch.cat((groups[0, :1], groups[1:-1].flatten()))
         encoded = []
-        with self._ready(clip.shape[3] * clip.shape[4]):
+        with self._ready(clip.shape[3] * clip.shape[4]) as kept:
             for one in clip.split(1):
                 parts = [one[:, causal]] if len(groups) == 1 else [one[:, causal], one[:, -1:]]
-                encoded.append(torch.cat([self._encode_causal(part) for part in parts], dim=2))
+                encoded.append(torch.cat([self._encode_causal(part, kept) for part in parts], dim=2))
         return torch.cat(encoded)
 
     def decode(self, latents: Tensor, stream: str, num_frames: int) -> Tensor:
@@ -96,30 +107,37 @@ class WanCodec:
         """
         check_latents(latents, stream, num_frames)
         decoded = []
-        with self._ready(latents.shape[3] * latents.shape[4] * CELL**2):
+        with self._ready(latents.shape[3] * latents.shape[4] * CELL**2) as kept:
             for one in latents.split(1):
                 if num_frames == 1:
-                    images = self._decode_causal(one)
+                    images = self._decode_causal(one, kept)
                 else:
-                    clip, last = self._decode_causal(one[:, :, :-1]), self._decode_causal(one[:, :, -1:])
+                    clip, last = (self._decode_causal(part, kept) for part in (one[:, :, :-1], one[:, :, -1:]))
                     images = torch.cat((clip[:, : num_frames - 1], last), dim=1)
                 decoded.append(images if stream == "rgb" else images.mean(dim=2, keepdim=True))
         return torch.cat(decoded)
 
-    def _encode_causal(self, frames: Tensor) -> Tensor:
-        """`[1,1+4k,C,H,W]` -> `[1,16,1+k,h,w]`, in the dtype of the frames."""
+    def _encode_causal(self, frames: Tensor, kept: bool) -> Tensor:
+        """`[1,1+4k,C,H,W]` -> `[1,16,1+k,h,w]`, in the dtype of the frames; by diffusers' own pass if it is kept."""
         images = frames.to(self.dtype).expand(-1, -1, RGB_CHANNELS, -1, -1).transpose(1, 2)
-        latents: Tensor = self.vae.encode(images).latent_dist.mode()
+        latents: Tensor
+        if kept:
+            latents = self.vae.encode(images).latent_dist.mode()
+        else:
+            latents, _ = encode_clip(self.vae, images).chunk(2, dim=1)  # the mode is the mean
         return latents.to(frames.dtype)
 
-    def _decode_causal(self, latents: Tensor) -> Tensor:
-        """`[1,16,1+k,h,w]` -> `[1,1+4k,3,H,W]`, in the dtype of the latents."""
-        images: Tensor = self.vae.decode(latents.to(self.dtype)).sample
+    def _decode_causal(self, latents: Tensor, kept: bool) -> Tensor:
+        """`[1,16,1+k,h,w]` -> `[1,1+4k,3,H,W]`, in the dtype of the latents; by diffusers' own pass if it is kept."""
+        given = latents.to(self.dtype)
+        images: Tensor = self.vae.decode(given).sample if kept else decode_clip(self.vae, given)
         return images.transpose(1, 2).to(latents.dtype)
 
     @contextmanager
-    def _ready(self, pixels: int) -> Iterator[None]:
-        """The VAE set to tile or not; afterwards as it was, and without remembered frames, whatever happened.
+    def _ready(self, pixels: int) -> Iterator[bool]:
+        """The VAE set to tile or not, and whether its own passes are to run.
+
+        Afterwards it is as it was, and without remembered frames, whatever happened.
 
         diffusers forgets them at the start of every call, so an exception does no harm to later results; but until
         then they hold memory, just when it may have run out.
@@ -127,7 +145,7 @@ class WanCodec:
         asked = self.vae.use_tiling
         self.vae.use_tiling = asked or pixels > self.tile_above
         try:
-            yield
+            yield not self.in_chunks or bool(self.kept)
         finally:
             self.vae.use_tiling = asked
             self.vae.clear_cache()

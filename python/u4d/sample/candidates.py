@@ -207,5 +207,5 @@ def total_steps(count: int, sampling: Sampling, cuts: tuple[Cut, ...]) -> int:
     """Steps of all batches."""
     ends = [*(cut.after for cut in cuts), sampling.table.steps]
     counts = [count, *(cut.keep for cut in cuts)]
-    parts = zip(counts, [0, *ends], ends, strict=False)
+    parts = zip(counts, [0, *ends[:-1]], ends, strict=True)
     return sum(-(-alive // sampling.at_once) * (stop - begin) for alive, begin, stop in parts)

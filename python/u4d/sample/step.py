@@ -48,10 +48,6 @@ class Conditions:
         """`observed` as [B,4,1,F,1,1]."""
         return self.observed[:, :, None, :, None, None]
 
-    @property
-    def steps(self) -> int:
-        return len(self.table)
-
 
 def conditions(
     velocity: Velocity,

@@ -14,7 +14,7 @@ from u4d.scene import Scene
 
 OF_A_WINDOW = (
     *("observe", "seed", "drawn", "best", "finished", "errors", "overlap", "halving"),
-    *("consistency", "notes", "sampler", "camera_smoothing", "timings_s"),
+    *("consistency", "notes", "sampler", "precision", "camera_smoothing", "timings_s"),
 )
 
 
