@@ -106,8 +106,12 @@ gpu-check:
 $(addprefix gpu-,$(GPU_PARTS)): gpu-%:
 	$(GPU_PYTHON) benchmarks/gpu_check.py $* --device $(GPU_DEVICE) --limit $(GPU_LIMIT) --wheels $(GPU_WHEELS)
 
+GPU_TESTS ?= tests/kernels
+GPU_TOOLS ?= memcheck racecheck synccheck
+
 gpu-sanitize:
-	U4D_CUDA=1 $(GPU_PYTHON) -m pip install --no-build-isolation --no-deps -e .
-	for tool in memcheck racecheck synccheck; do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(GPU_PYTHON) -m pytest -q -m gpu tests/kernels; \
+	U4D_CUDA=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
+	for tool in $(GPU_TOOLS); do \
+	  PYTHONPATH=.:python PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(GPU_PYTHON) -m pytest -q -m gpu $(GPU_TESTS); \
 	done

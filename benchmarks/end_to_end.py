@@ -4,10 +4,11 @@
                                     [--text-tokens 64] [--no-compile] [--device cpu|cuda] [--threads N] [--save]
 
 Weights are made on the device; the text encoder is left out (a prompt's embeddings are random). The same weights run as
-plain PyTorch (reference ops, torch's own attention), the same compiled block by block, and as u4d, launched eagerly and
-as a captured graph; they must agree before anything is timed. What does not fit into --minutes is worked out from fewer
-timed steps, and its row says so ("extrapolated"); what is left out is named. Images are taken as observed (`rgb:all`),
-yet their decoding is measured and counted, as if they were not.
+plain PyTorch (reference ops, torch's own attention), the same compiled block by block, and as u4d, launched eagerly, as
+a captured graph, and in fp8. `error` is how far one forward is from plain PyTorch's (relative L2); a version that is
+too far off is not timed. What does not fit into --minutes is worked out from fewer timed steps, and its row says so
+("extrapolated"); what is left out is named. Images are taken as observed (`rgb:all`), yet their decoding is measured
+and counted, as if they were not.
 """
 
 from __future__ import annotations
@@ -17,30 +18,27 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 
 import harness
 import torch
+from denoising_versions import GUIDANCE, PLAINLY, Steps, Version, seconds_of, versions_for, wait
 from random_system import System, random_system
 from torch import Tensor
 
-import u4d_fast
 from u4d import presets
-from u4d.diffusion.unipc import unipc_start, unipc_table
+from u4d.diffusion.unipc import unipc_table
 from u4d.model.latents import decode_latents, encode_streams
 from u4d.model.streams import to_clips
 from u4d.sample.candidates import AT_ONCE, Sampling, draw_candidates
-from u4d.sample.captured import Denoiser
 from u4d.sample.halving import plan_cuts
-from u4d.sample.search import CandidateScores, draw_candidate_noise, score_candidates
-from u4d.sample.step import Velocity, conditions
+from u4d.sample.search import CandidateScores, score_candidates
+from u4d.sample.step import Velocity
 
-TOLERANCE = 5e-2  # of the largest velocity: bfloat16, other kernels
-GUIDANCE = 2.0
-OURS = "u4d kernels, captured"  # the report compares with the first version of a case that has "kernel" in its name
-EAGER = "u4d kernels, eager launches"
-COMPILED = "torch.compile, blocks"
-PLAIN = "torch eager + SDPA"
+TOLERANCE = 5e-2  # relative L2 distance of velocities: bfloat16, other kernels
+FP8_TOLERANCE = 0.5  # what fp8 loses is to be seen in the rows; this only refuses what is plainly wrong
+STAGE_SECONDS = 4.0  # of each stage; fewer rounds where they take longer
 
 
 @dataclass
@@ -61,92 +59,13 @@ class Budget:
 # --- time ------------------------------------------------------------------------------------------------------------
 
 
-def seconds_of(call: Callable[[], object], device: str) -> float:
-    """Of one call, the device's work included."""
-    wait(device)
-    began = time.perf_counter()
-    call()
-    wait(device)
-    return time.perf_counter() - began
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def repeated(call: Callable[[], object], device: str, rounds: int) -> list[float]:
     """Milliseconds of some calls, after one that does not count."""
     call()
-    return [1e3 * seconds_of(call, device) for _ in range(rounds)]
-
-
-@contextmanager
-def peak_memory(device: str, notes: dict[str, float | str]) -> Iterator[None]:
-    """Writes the block's peak into the notes; on a CPU nothing."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    yield
-    if device == "cuda":
-        notes["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        notes["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
-
-
-# --- versions --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Version:
-    """How the same weights run."""
-
-    name: str
-    capture: bool
-    backend: str = "auto"
-    compiled: bool = False
-
-    @contextmanager
-    def active(self, system: System) -> Iterator[Velocity]:
-        """The model, run so."""
-        model = system.model
-        with u4d_fast.use_backend(self.backend), torch.no_grad():  # type: ignore[arg-type]
-            for block in model.blocks:
-                if self.compiled:
-                    block.compile()
-            keys = model.text_keys(system.text)
-            try:
-                yield lambda latents, times: model(latents.to(model.dtype), times, keys)
-            finally:
-                for block in model.blocks:
-                    block._compiled_call_impl = None
-
-
-def versions_for(device: str, compiled: bool) -> list[Version]:
-    """The first is what the others are compared with."""
-    ours = [Version(OURS, True)] if device == "cuda" else []
-    others = [Version(EAGER, False), Version(PLAIN, False, "reference")]
-    return ours + others + ([Version(COMPILED, False, "reference", True)] if compiled else [])
-
-
-class Steps:
-    """Times steps of a version with so many candidates at once."""
-
-    def __init__(self, system: System, version: Version, velocity: Velocity, steps: int, clips: int) -> None:
-        self.system, self.table = system, unipc_table(steps)
-        self.noise = draw_candidate_noise(0, clips, system.clean.shape[1:], device=system.device)
-        clean, observed = system.clean.expand(self.noise.shape), system.observed.expand(clips, *system.observed.shape)
-        given = conditions(velocity, clean, observed, self.table, like=self.noise, guidance=GUIDANCE)
-        self.denoiser = Denoiser(given, self.noise, capture=version.capture)
-
-    def run(self, steps: int) -> Tensor:
-        """The first steps of a trajectory."""
-        start = unipc_start(self.noise, self.table)
-        self.denoiser.run(self.noise, start, 0, steps)
-        return self.denoiser.state.clean[0].clone()
-
-    def timed(self, rounds: int) -> list[float]:
-        """Milliseconds of single steps; a first run warms up, records, and does not count."""
-        self.run(min(3, self.table.steps))
-        return [1e3 * seconds_of(lambda: self.run(1), self.system.device) for _ in range(rounds)]
+    end, times = time.perf_counter() + STAGE_SECONDS, list[float]()
+    while len(times) < rounds and (not times or time.perf_counter() < end):
+        times.append(1e3 * seconds_of(call, device))
+    return times
 
 
 # --- the measurements ------------------------------------------------------------------------------------------------
@@ -161,13 +80,13 @@ class EndToEnd:
         self.skipped: dict[str, str] = {}
         self.stages: dict[str, float] = {}  # milliseconds for one clip
         self.steps: dict[tuple[str, int], float] = {}  # milliseconds of a step, by version and clips
+        self.errors: dict[str, float] = {}  # of one forward, by version
 
     def add(self, case: str, version: str, times: list[float], **notes: float | str) -> None:
         row = harness.row(case, version, times, **notes)
         self.rows.append(row)
         print(f"  {case}: {version}: {row.ms:.1f} ms", flush=True)
-        if self.options.save:  # a run that is stopped leaves what it has
-            harness.save("end_to_end", self.rows, self.options.device, self.options.threads, self.skipped)
+        harness.keep("end_to_end", self.rows, self.options, self.skipped)
 
     @torch.no_grad()
     def measure_stages(self) -> None:
@@ -189,30 +108,64 @@ class EndToEnd:
         }
         for case, call in calls.items():
             notes: dict[str, float | str] = {}
-            with peak_memory(system.device, notes):
+            with harness.peak_memory(system.device, notes):
                 times = repeated(call, system.device, rounds)
             self.stages[case] = statistics.median(times)
             self.add(case, "u4d", times, **notes)
 
-    def check_agreement(self, versions: list[Version]) -> list[Version]:
-        """Refuse to time versions whose first answers differ. Returns those that there was time to make ready."""
-        answers: dict[str, Tensor] = {}
+    def measure_versions(self, versions: list[Version]) -> list[Version]:
+        """A step of each. Returns the versions that can be trusted; of the others it is told why they can't."""
+        with PLAINLY.active(self.system) as velocity:
+            expected = self.one_forward(velocity)
+        trusted = []
         for version in versions:
             if version.compiled and not self.budget.allows(self.options.compile_seconds):
                 self.skipped[version.name] = f"{self.budget.left():.0f} s were left, too few to compile in"
                 continue
-            with version.active(self.system) as velocity:
-                began = time.perf_counter()
-                answers[version.name] = Steps(self.system, replace(version, capture=False), velocity, 4, 1).run(1)
-                print(f"  {version.name}: ready after {time.perf_counter() - began:.1f} s", flush=True)
-        for name, answer in answers.items():
-            harness.check_close((answers[PLAIN],), (answer,), TOLERANCE, name)
-        return [version for version in versions if version.name in answers]
+            if self.works(version.name, partial(self.measure_version, version, expected)):
+                trusted.append(version)
+        return trusted
+
+    def measure_version(self, version: Version, expected: Tensor) -> None:
+        """Its error, then its step."""
+        self.errors[version.name] = self.checked_error(version, expected)
+        self.measure_steps(version, 1)
+
+    def works(self, name: str, measure: Callable[[], None]) -> bool:
+        """Whether a measurement came to its end: what one version can't do must not cost the others their times."""
+        try:
+            measure()
+        except Exception as error:
+            self.skipped[name] = harness.reason_of(error)
+            print(f"  {name}: left out: {self.skipped[name]}", flush=True)
+            return False
+        return True
+
+    def one_forward(self, velocity: Velocity) -> Tensor:
+        """The velocity at t = 0.5, twice in one batch: the shape of a step, for which compiled versions are made."""
+        system = self.system
+        times = torch.full((2, *system.observed.shape), 0.5, device=system.device)
+        return velocity(system.clean.expand(2, *system.clean.shape[1:]), times).double()
+
+    def checked_error(self, version: Version, expected: Tensor) -> float:
+        """The relative L2 distance of a version's forward from plain PyTorch's.
+
+        Raises:
+            ValueError: it is too large, or not a number.
+        """
+        began = time.perf_counter()
+        with version.active(self.system) as velocity:
+            found = self.one_forward(velocity)
+        error = float((found - expected).norm() / expected.norm())
+        print(f"  {version.name}: ready after {time.perf_counter() - began:.1f} s, off by {error:.2g}", flush=True)
+        if not error <= (TOLERANCE if version.precision == "exact" else FP8_TOLERANCE):
+            raise ValueError(f"one forward is off by {error:.2g}")
+        return error
 
     def measure_steps(self, version: Version, clips: int) -> None:
         """One denoising step: both branches of guidance in one batch."""
-        notes: dict[str, float | str] = {}
-        with version.active(self.system) as velocity, peak_memory(self.system.device, notes):
+        notes: dict[str, float | str] = {"error": self.errors[version.name]}
+        with version.active(self.system) as velocity, harness.peak_memory(self.system.device, notes):
             steps = Steps(self.system, version, velocity, self.options.steps, clips)
             times = steps.timed(self.options.rounds)
             notes["launched"] = str(steps.denoiser.launching)
@@ -226,11 +179,14 @@ class EndToEnd:
         step = self.steps[version.name, 1]
         denoised = self.whole(version, 1, (), step * self.options.steps)
         others = sum(self.stages[name] for name in ("encode rgb and depth", "decode rgb and depth", "cameras", "score"))
-        notes = {"denoise_ms": denoised.ms, "other_stages_ms": others, **denoised.notes}
-        self.add(f"one clip, {self.options.steps} steps, all stages", version.name, [denoised.ms + others], **notes)
+        notes = {"error": self.errors[version.name], "denoise_ms": denoised.ms, "other_stages_ms": others}
+        case = f"one clip, {self.options.steps} steps, all stages"
+        self.add(case, version.name, [denoised.ms + others], **notes, **denoised.notes)
 
     def measure_search(self, version: Version, halving: bool) -> None:
         """L candidates, decoded and scored."""
+        if (version.name, AT_ONCE) not in self.steps:
+            self.measure_steps(version, min(AT_ONCE, self.options.candidates))
         count = self.options.candidates
         cuts = plan_cuts(count, self.options.steps, halving)
         per_candidate = self.stages["decode rgb and depth"] + self.stages["cameras"] + self.stages["score"]
@@ -259,7 +215,7 @@ class EndToEnd:
         system, table = self.system, unipc_table(self.options.steps)
         sampling = Sampling(system.clean, system.observed, table, GUIDANCE, seed=0, capture=version.capture)
         notes: dict[str, float | str] = {}
-        with version.active(system) as velocity, peak_memory(system.device, notes):
+        with version.active(system) as velocity, harness.peak_memory(system.device, notes):
             began = time.perf_counter()
             drawn = draw_candidates(sampling, lambda: just(velocity), count, cuts=cuts, score=self.score)
             wait(system.device)
@@ -317,16 +273,17 @@ def main() -> None:
     system = random_system(presets.PRESETS[name](), options.device, options.text_tokens)
     bench = EndToEnd(system, options)
     bench.measure_stages()
-    versions = bench.check_agreement(versions_for(options.device, options.compile))
-    for version in versions:
-        bench.measure_steps(version, 1)
-    ours = versions[0]
-    bench.measure_clip(ours)
-    bench.measure_steps(ours, min(AT_ONCE, options.candidates))
-    bench.measure_search(ours, halving=True)
-    for version in versions[1:]:
-        bench.measure_clip(version)
-    bench.measure_search(ours, halving=False)
+    versions = bench.measure_versions(versions_for(options.device, options.compile))
+    # Ours in each precision first, then what it is compared with, then what takes minutes.
+    ours = versions[:1] + [version for version in versions if version.precision == "fp8"]
+    others = [version for version in versions if version not in ours]
+    for what, measure in (
+        *((f"clip, {one.name}", partial(bench.measure_clip, one)) for one in ours),
+        *((f"halving, {one.name}", partial(bench.measure_search, one, halving=True)) for one in ours),
+        *((f"clip, {one.name}", partial(bench.measure_clip, one)) for one in others),
+        *((f"every forward, {one.name}", partial(bench.measure_search, one, halving=False)) for one in ours),
+    ):
+        bench.works(what, measure)
     height, width = system.preset.transformer.image_size
     print(f"{name}: {system.frames} frames of {height}x{width}, {options.steps} steps, guidance {GUIDANCE:g}")
     harness.show("end_to_end", bench.rows, options, bench.skipped)

@@ -10,14 +10,17 @@ import argparse
 import datetime
 import json
 import math
+import os
 import platform
 import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 L2_BYTES = 256 * 2**20  # more than any GPU's L2: filling so much evicts everything
 LEAST_ROUNDS = 3  # however short time gets
+UNKNOWN = "unknown"
+COMMIT_VARIABLE = "U4D_COMMIT"
 
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
@@ -79,6 +84,11 @@ def time_for_one(wanted: float = math.inf) -> float:
     return min(wanted, max(0.0, (_deadline - time.perf_counter()) / 2))
 
 
+def time_left() -> float:
+    """Seconds until --seconds are over; inf without it."""
+    return _deadline - time.perf_counter()
+
+
 def arguments(description: str) -> argparse.ArgumentParser:
     """The options that all benchmarks have."""
     parser = argparse.ArgumentParser(description=description)
@@ -106,6 +116,35 @@ def measure(
             if turn >= warmup:
                 times[name].append(elapsed)
     return times
+
+
+@contextmanager
+def peak_memory(device: str, notes: dict[str, float | str]) -> Iterator[None]:
+    """Writes the most memory that a block has held into the notes; on a CPU nothing."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    yield
+    if device == "cuda":
+        notes["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        notes["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something was not measured: the first line of what it says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def forward(version: Callable[..., Tensor], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Its result, without gradients."""
+    with torch.no_grad():
+        return (version(*given),)
+
+
+def forward_backward(version: Callable[..., Tensor], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The gradients of all that it is given; that of its result is one."""
+    leaves = [x.detach().requires_grad_() for x in given]
+    result = version(*leaves)
+    return torch.autograd.grad(result, leaves, torch.ones_like(result))
 
 
 def time_on_cpu(call: Callable[[], object]) -> float:
@@ -168,12 +207,16 @@ def copy_bandwidth(device: str, megabytes: int = 512) -> float:
     return 2 * source.numel() * 4 / (statistics.median(times) * 1e-3)
 
 
-def environment(device: str, threads: int) -> dict[str, Any]:
-    """What a number must be read with: machine, clocks, versions, commit."""
+@cache
+def environment(device: str, threads: int) -> Mapping[str, Any]:
+    """What a number must be read with: machine, clocks, versions, commit; as it was when first asked for."""
+    commit = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+    if commit == UNKNOWN:  # a copy of the tree without its history
+        commit = os.environ.get(COMMIT_VARIABLE, UNKNOWN)
     described: dict[str, Any] = {
         "machine": machine_name(device),
         "date": datetime.date.today().isoformat(),
-        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
+        "commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
@@ -200,11 +243,17 @@ def save(op: str, rows: list[Row], device: str, threads: int, skipped: Mapping[s
     folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", described["machine"].lower()).strip("-")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{op}.json"
-    content: dict[str, Any] = {"op": op, "environment": described, "rows": [asdict(one) for one in rows]}
+    content: dict[str, Any] = {"op": op, "environment": dict(described), "rows": [asdict(one) for one in rows]}
     if skipped:
         content["skipped"] = dict(skipped)
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
+
+
+def keep(op: str, rows: list[Row], options: argparse.Namespace, skipped: Mapping[str, str] | None = None) -> None:
+    """Save what is there so far, if that was asked for: a run that is stopped leaves what it has."""
+    if options.save:
+        save(op, rows, options.device, options.threads, skipped)
 
 
 def show(op: str, rows: list[Row], options: argparse.Namespace, skipped: Mapping[str, str] | None = None) -> None:
@@ -229,7 +278,7 @@ def _output(*command: str) -> str:
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return UNKNOWN
 
 
 def _read(path: str) -> str:

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from u4d.diffusion.flow import LATENT_CHANNELS, STREAMS
 from u4d.memory import build_transformer
@@ -56,17 +56,27 @@ def random_model(preset: Preset, device: str) -> Transformer:
     return model.eval()
 
 
+def random_codec(preset: Preset, device: str) -> Codec:
+    """The preset's codec in float32, as the pipeline has it."""
+    with torch.device(device):
+        if preset.codec is not None:
+            return as_codec(TinyCodec(**asdict(preset.codec)).eval())
+        from diffusers import AutoencoderKLWan
+
+        return as_codec(AutoencoderKLWan().eval())
+
+
+def unit_statistics(preset: Preset) -> Statistics:
+    """Statistics that leave latents as they are."""
+    return Statistics(torch.zeros(4, 16), torch.ones(4, 16), preset.transformer.reference_fov_rad)
+
+
 def random_system(preset: Preset, device: str, text_tokens: int) -> System:
     """Everything that a completion needs."""
     config = preset.transformer
     height, width = config.image_size
+    codec = random_codec(preset, device)
     with torch.device(device):
-        if preset.codec is None:
-            from diffusers import AutoencoderKLWan
-
-            vae: nn.Module = AutoencoderKLWan()
-        else:
-            vae = TinyCodec(**asdict(preset.codec))
         shape = (1, len(STREAMS), LATENT_CHANNELS, latent_frames(config.num_frames), height // CELL, width // CELL)
         rays = 0.3 * torch.randn(2, 1, *shape[2:])
         rgb = torch.rand(1, config.num_frames, 3, height, width) * 2 - 1
@@ -77,8 +87,6 @@ def random_system(preset: Preset, device: str, text_tokens: int) -> System:
             text[:, :text_tokens] = torch.randn(1, min(text_tokens, config.text_length), config.text_dim)
         observed = torch.zeros(len(STREAMS), shape[3], dtype=torch.bool)
         observed[0] = True
-    statistics = Statistics(torch.zeros(4, 16), torch.ones(4, 16), config.reference_fov_rad)
     clean = torch.randn(shape, device=device)
-    return System(
-        preset, device, random_model(preset, device), as_codec(vae.eval()), statistics, text, streams, clean, observed
-    )
+    model, statistics = random_model(preset, device), unit_statistics(preset)
+    return System(preset, device, model, codec, statistics, text, streams, clean, observed)

@@ -67,7 +67,7 @@ class States:
         self.folder, self.keep, self.world, self.identity = folder, keep, world, identity
         # A group of its own, on the CPU: writing in the background must not mix with the training's communication.
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if world.size > 1 else None
-        self._stager = DefaultStager(StagingOptions(world.device.type == "cuda", False, False, False))
+        self._staging = StagingOptions(world.device.type == "cuda", False, False, False)
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="state")  # Python's end waits for it
         self._pending: Future[None] | None = None
         self._damaged: set[str] = set()
@@ -93,7 +93,7 @@ class States:
             UserError: the save before could not be written.
         """
         self.wait()
-        staged = self._stager.stage(state_of(parts))
+        staged = DefaultStager(self._staging).stage(state_of(parts))  # torch 2.11's can be used once only
         assert isinstance(staged, dict)
         self._pending = self._writer.submit(self._write_or_explain, step, staged)
 
