@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from u4d_fast.attention_libraries import LIBRARIES, TORCH_KINDS, run_torch
-from u4d_fast.attention_table import rankings
+from u4d_fast.attention_table import rankings, unmeasured
 from u4d_fast.backend import BackendError, default_backend
 from u4d_fast.checks import check_match, check_shape, describe
 from u4d_fast.ops.multi_stream_attention import DTYPES
@@ -27,7 +27,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto") -
             "torch-efficient", "torch-math": one of its implementations; "flash-attn-2", "flash-attn-3",
             "flash-attn-4", "xformers": libraries where they are installed; "u4d": our kernel. "auto": the fastest that
             was measured on this device for this dtype, head dimension and length (`u4d bench attention --save`), and
-            "torch" where nothing was.
+            where nothing was, cuDNN's on Hopper in half precision and "torch" elsewhere.
     Returns:
         [B,T,heads,d] of q's dtype.
     Raises:
@@ -64,17 +64,18 @@ def attention_backends(q: Tensor, k: Tensor, v: Tensor) -> dict[str, str]:
 
 
 def fastest_backends(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, ...]:
-    """The backends that were measured for tensors like these, the fastest first; empty where nothing was."""
+    """The backends that were measured for tensors like these, the fastest first; a guess where nothing was."""
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     tokens, keys = q.shape[1], k.shape[1]
-    for row in rankings(q.device.type, -1 if q.device.index is None else q.device.index, q.dtype):
+    where = q.device.type, -1 if q.device.index is None else q.device.index, q.dtype
+    for row in rankings(*where):
         if (
             row.head_dim == q.shape[-1]
             and row.tokens[0] <= tokens < row.tokens[1]
             and row.keys[0] <= keys < row.keys[1]
         ):
             return row.training if training else row.forward
-    return ()
+    return unmeasured(*where)
 
 
 def _run_fastest(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

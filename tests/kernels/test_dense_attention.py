@@ -22,6 +22,7 @@ from u4d_fast.attention_table import (
     rankings,
     read_measured,
     save_measured,
+    unmeasured,
     user_file,
 )
 from u4d_fast.backend import BackendError
@@ -225,6 +226,26 @@ def test_the_users_own_measurements_come_before_those_that_ship(tmp_path: Path) 
     save_measured(MEASURED)
     save_measured(replace(MEASURED, forward_ms={"torch": 1.0}), tmp_path / "shipped.json")
     assert [row.forward for row in rankings("cpu", -1, torch.float32)] == [("torch-math", "torch"), ("torch",)]
+
+
+def test_cudnn_is_the_guess_on_hopper_where_nothing_was_measured(
+    monkeypatch: pytest.MonkeyPatch, taken: list[object]
+) -> None:
+    capability = (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert unmeasured("cuda", 0, torch.bfloat16) == unmeasured("cuda", 0, torch.float16) == ("torch-cudnn",)
+    assert unmeasured("cuda", 0, torch.float32) == unmeasured("cpu", -1, torch.bfloat16) == ()
+    capability = (8, 0)
+    assert unmeasured("cuda", 0, torch.bfloat16) == ()
+    # Where cuDNN can't, torch goes on to the next.
+    monkeypatch.setattr(dense, "unmeasured", lambda *where: ("torch-cudnn",))
+    q, k, v = random_qkv()
+    torch.testing.assert_close(dense.dense_attention(q, k, v).double(), exact(q, k, v), rtol=0, atol=1e-5)
+    assert taken == [SDPBackend.CUDNN_ATTENTION]
+    save_measured(MEASURED)
+    with torch.no_grad():
+        dense.dense_attention(q, k, v)
+    assert taken[1:] == [SDPBackend.MATH]
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"measured": [{"gpu": 1}]}', "[]"])

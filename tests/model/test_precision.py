@@ -44,6 +44,18 @@ def test_masks_and_text_keys_mean_the_same_in_fp8() -> None:
 
 
 @torch.no_grad()
+def test_where_all_see_all_the_fastest_library_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (latents, times, text) = random_transformer(), random_inputs()
+    asked: list[str] = []
+    for name in ("dense_attention", "multi_stream_attention"):
+        op = getattr(u4d_fast, name)
+        monkeypatch.setattr(u4d_fast, name, lambda *args, op=op, name=name: asked.append(name) or op(*args))
+    model(latents, times, text)
+    model(latents, times, text, torch.ones(1, 12, dtype=torch.bool))
+    assert asked == ["dense_attention"] * 2 + ["multi_stream_attention"] * 2
+
+
+@torch.no_grad()
 def test_changed_weights_are_seen() -> None:
     model, inputs = random_transformer(), random_inputs()
     u4d_fast.accelerate(model, precision="fp8-linear")
