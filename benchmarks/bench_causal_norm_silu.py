@@ -71,18 +71,18 @@ def main() -> None:
             "torch.compile": torch.compile(reference.residual_causal_norm_silu, dynamic=False),
         },
     }
-    rows = []
+    rows, skipped = list[harness.Row](), dict[str, str]()
     for case in cases(options.device):
         for run, passes in ((after_bias, 2), (after_sum, 4)):
             calls = {name: partial(run, version, case) for name, version in versions[run].items()}
             exact = run(versions[run]["torch eager"], Case(case.name, *(part.float() for part in case[1:])))
-            for name, call in calls.items():
-                harness.check_close(exact, call(), TOLERANCE[case.x.dtype], name)
+            calls = harness.agreeing(calls, harness.close_to(exact, TOLERANCE[case.x.dtype]), skipped)
             del exact
             times = harness.measure(calls, options.device, options.rounds)
             what = f"{run.__name__.replace('_', ' ')}, {case.name}"
             rows += [harness.row(what, name, times[name], passes * case.x.nbytes, copy_rate) for name in calls]
-    harness.show("causal_norm_silu", rows, options)
+            harness.keep("causal_norm_silu", rows, options, skipped)
+    harness.show("causal_norm_silu", rows, options, skipped)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def main() -> None:
             times, state = sustained.measure_sustained(call, options.device, options.sustain)
             copy_rate = copy_rate or moved / (statistics.median(times) * 1e-3)
             rows.append(harness.row(case, version, times, moved, copy_rate, **state))
+            harness.keep("copy", rows, options)
     harness.show("copy", rows, options)
 
 

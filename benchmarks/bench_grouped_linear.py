@@ -10,6 +10,7 @@ CPU. Making the rows of e4m3 is not timed. `times_the_first` is a version's time
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 
@@ -74,14 +75,23 @@ def cases(config: presets.TransformerConfig, batches: list[int]) -> Iterator[tup
 
 
 def measured(
-    case: str, versions: Versions, expected: Tensor, tolerance: float, flops: float, device: str, rounds: int
+    case: str,
+    versions: Versions,
+    expected: Tensor,
+    tolerance: float,
+    flops: float,
+    options: argparse.Namespace,
+    skipped: dict[str, str],
 ) -> list[harness.Row]:
     """Check the versions, time them in turns, and give each one's rate, and its time over the first's."""
-    for name, call in versions.items():
+
+    def check(name: str, call: Callable[[], Tensor]) -> None:
         error = float((call().float() - expected).norm() / expected.norm())
         if not error <= tolerance:
             raise SystemExit(f"{case}, {name}: off by {error:g}: nothing was measured")
-    times = harness.measure(versions, device, rounds)
+
+    versions = harness.agreeing(versions, check, skipped)
+    times = harness.measure(versions, options.device, options.rounds)
     medians = {name: statistics.median(one) for name, one in times.items()}
     first = next(iter(medians.values()), 0.0)
     return [
@@ -102,7 +112,7 @@ def main() -> None:
     device = options.device
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     config = presets.PRESETS[options.preset or ("wan-1.3b" if device == "cuda" else "tiny")]().transformer
-    rows: list[harness.Row] = []
+    rows, skipped = list[harness.Row](), dict[str, str]()
     for layer, length, with_gelu in cases(config, options.batches):
         x = torch.randn(bench_gemm.STREAMS, length, layer.inputs, device=device).to(dtype)
         weight = torch.randn(bench_gemm.STREAMS, layer.outputs, layer.inputs, device=device).to(dtype)
@@ -118,8 +128,9 @@ def main() -> None:
                 (half_versions(x, weight, bias, with_gelu), bench_gemm.TOLERANCE),
                 (fp8_versions(*quantised, with_gelu), bench_gemm.FP8_ERROR),
             ):
-                rows += measured(case, versions, expected, tolerance, flops, device, options.rounds)
-    harness.show("grouped_linear", rows, options)
+                rows += measured(case, versions, expected, tolerance, flops, options, skipped)
+                harness.keep("grouped_linear", rows, options, skipped)
+    harness.show("grouped_linear", rows, options, skipped)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ twice: `executed_tflop_per_s` counts 3.5 times as many products backward as forw
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -74,25 +75,18 @@ def masked(q: Tensor, k: Tensor, v: Tensor, token_mask: Tensor | None) -> Tensor
     return scaled_dot_product_attention(q, k, v, attn_mask=token_mask).transpose(1, 2)
 
 
-def forward(version: Version, qkv: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    with torch.no_grad():
-        return (version(*qkv),)
-
-
-def forward_backward(version: Version, qkv: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The gradients of q, k and v."""
-    leaves = [x.detach().requires_grad_() for x in qkv]
-    attended = version(*leaves)
-    return torch.autograd.grad(attended, leaves, torch.ones_like(attended))
-
-
-def main() -> None:
-    parser = harness.arguments(__doc__.splitlines()[0])
+def parse(description: str) -> tuple[argparse.Namespace, presets.Preset]:
+    """The options, and whose shapes."""
+    parser = harness.arguments(description)
     parser.add_argument("--preset", choices=sorted(presets.PRESETS), help="whose shapes; wan-1.3b on a GPU, else tiny")
     parser.add_argument("--batch", type=int, default=1, help="clips in one call")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    preset = presets.PRESETS[options.preset or ("wan-1.3b" if options.device == "cuda" else "tiny")]()
+    return options, presets.PRESETS[options.preset or ("wan-1.3b" if options.device == "cuda" else "tiny")]()
+
+
+def main() -> None:
+    options, preset = parse(__doc__.splitlines()[0])
     qkv, size = make_qkv(preset.transformer, options.batch, options.device)
     rows = []
     for name, mask in make_masks(options.batch, latent_frames(preset.transformer.num_frames)).items():
@@ -109,8 +103,8 @@ def main() -> None:
         flops = 4 * seen * qkv[0].numel() * qkv[0].shape[1]
         mask_mb = {"torch, token mask": 0.0 if token_mask is None else token_mask.numel() / 1e6}
         for what, run, backward, executed in (
-            ("forward", forward, 0.0, 0.0),
-            ("forward + backward", forward_backward, BACKWARD_FLOPS, EXECUTED_BACKWARD),
+            ("forward", harness.forward, 0.0, 0.0),
+            ("forward + backward", harness.forward_backward, BACKWARD_FLOPS, EXECUTED_BACKWARD),
         ):
             calls = {version: partial(run, call, qkv) for version, call in (versions | by_name).items()}
             for call in calls.values():

@@ -19,10 +19,9 @@ from functools import partial
 
 import harness
 import torch
-from bench_multi_stream_attention import make_masks, make_qkv
+from bench_multi_stream_attention import make_masks, make_qkv, parse
 from torch import Tensor
 
-from u4d import presets
 from u4d_fast import backend as backends
 from u4d_fast import multi_stream_attention
 from u4d_fast.attention_inputs import mask_on
@@ -74,12 +73,7 @@ def make_calls(qkv: tuple[Tensor, ...], size: int, mask: Tensor | None) -> tuple
 
 
 def main() -> None:
-    parser = harness.arguments(__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=sorted(presets.PRESETS), help="whose shapes; wan-1.3b on a GPU, else tiny")
-    parser.add_argument("--batch", type=int, default=1, help="clips in one call")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    preset = presets.PRESETS[options.preset or ("wan-1.3b" if options.device == "cuda" else "tiny")]()
+    options, preset = parse(__doc__.splitlines()[0])
     qkv, size = make_qkv(preset.transformer, options.batch, options.device)
     tokens = qkv[0].shape[1]
     queries = torch.linspace(0, tokens - 1, ROWS, device=options.device).long()

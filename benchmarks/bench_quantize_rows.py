@@ -25,13 +25,14 @@ def main() -> None:
         "torch eager": reference.quantize_rows,
         "torch.compile": torch.compile(reference.quantize_rows, dynamic=False),
     }
-    rows = []
+    rows, skipped = list[harness.Row](), dict[str, str]()
     for case in block_shapes.cases(options):
         (x,) = case.activations(1)
         versions = {name: partial(block_shapes.forward, op, (x,)) for name, op in ops.items()}
         moved = block_shapes.bytes_of(x, reference.quantize_rows(x))
-        rows += block_shapes.rows(case, versions, (x.double(),), moved, copy_rate, options.rounds)
-    harness.show("quantize_rows", rows, options)
+        rows += block_shapes.rows(case, versions, (x.double(),), moved, copy_rate, options.rounds, skipped)
+        harness.keep("quantize_rows", rows, options, skipped)
+    harness.show("quantize_rows", rows, options, skipped)
 
 
 if __name__ == "__main__":

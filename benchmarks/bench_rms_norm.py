@@ -57,19 +57,19 @@ def bench(op: str, exact: Version, versions: dict[str, Version], options: argpar
     torch.set_num_threads(options.threads)
     copy_rate = harness.copy_bandwidth(options.device)
     config = presets.PRESETS[options.preset]().transformer
-    rows = []
+    rows, skipped = list[harness.Row](), dict[str, str]()
     for dtype, batch in itertools.product(DTYPES, (1, 2) if options.device == "cuda" else (1,)):
         sizes = Sizes.of(config, batch, dtype, options.device)
         x, weight, *others = CASES[op].arguments(sizes)
         for what, run, passes in (("forward", forward, 2), ("forward + backward", forward_backward, 5)):
             expected = run(exact, x.float(), weight.float(), *others)
             calls = {key: partial(run, version, x, weight, *others) for key, version in versions.items()}
-            for key, call in calls.items():
-                harness.check_close(expected, call(), TOLERANCE[dtype], key)
+            calls = harness.agreeing(calls, harness.close_to(expected, TOLERANCE[dtype]), skipped)
             times = harness.measure(calls, options.device, options.rounds)
             moved = passes * x.numel() * x.element_size()
-            rows += [harness.row(f"{what}, {sizes}", key, times[key], moved, copy_rate) for key in versions]
-    harness.show(op, rows, options)
+            rows += [harness.row(f"{what}, {sizes}", key, times[key], moved, copy_rate) for key in calls]
+            harness.keep(op, rows, options, skipped)
+    harness.show(op, rows, options, skipped)
 
 
 def parse(description: str) -> argparse.Namespace:

@@ -225,8 +225,9 @@ def main() -> None:
     for name in options.recipe or DEFAULT_RECIPES[options.device]:
         try:
             bench.run(name)
-        except (UserError, torch.OutOfMemoryError) as error:
+        except Exception as error:  # what one recipe can't do must not cost the other its times
             bench.skipped[name] = harness.reason_of(error)
+            print(f"  {name}: left out: {bench.skipped[name]}", flush=True)
         free_memory()
     harness.show("training", bench.rows, options, bench.skipped)
 

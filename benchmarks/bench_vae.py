@@ -115,12 +115,12 @@ class Version:
 
 
 def versions(case: Case, device: str, dtype: torch.dtype, compiled: bool) -> dict[str, Version]:
-    """The first is ours; diffusers' own passes are the others' measure."""
+    """The first, diffusers' own passes, is the others' measure: what they can't do costs it nothing."""
     vae = make_vae(case, device, dtype)
     found = {
+        "diffusers": Version(WanCodec(vae, in_chunks=False)),
         f"chunks, {device} kernel": Version(WanCodec(vae)),
         "chunks, plain torch": Version(WanCodec(vae), "reference"),
-        "diffusers": Version(WanCodec(vae, in_chunks=False)),
         "diffusers, channels last": Version(WanCodec(channels_last(make_vae(case, device, dtype)), in_chunks=False)),
     }
     if device == "cuda":
@@ -132,16 +132,22 @@ def versions(case: Case, device: str, dtype: torch.dtype, compiled: bool) -> dic
     return found
 
 
-def check(name: str, found: tuple[Tensor, ...], theirs: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
-    """Relative error against float32.
+def check(
+    errors: dict[str, float],
+    theirs: tuple[Tensor, ...],
+    truth: tuple[Tensor, ...],
+    name: str,
+    call: Callable[[], tuple[Tensor, ...]],
+) -> None:
+    """Put a version's relative error against float32 into `errors`.
 
     Raises:
         SystemExit: it is more than twice that of diffusers.
     """
-    error, allowed = relative(found, truth), max(2 * relative(theirs, truth), FLOAT32_TOLERANCE)
+    error, allowed = relative(call(), truth), max(2 * relative(theirs, truth), FLOAT32_TOLERANCE)
     if not error <= allowed:
         raise SystemExit(f"{name}: off by {error:g}, allowed {allowed:g}: nothing was measured")
-    return error
+    errors[name] = error
 
 
 def relative(found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
@@ -184,48 +190,58 @@ def peak_notes(call: Callable[[], object], device: str) -> dict[str, float | str
     return {"peak_gb": (torch.cuda.max_memory_allocated() - before) / 1e9}
 
 
-def measure_vae(case: Case, dtype: torch.dtype, options: argparse.Namespace) -> list[harness.Row]:
-    """Every version of both directions in one type."""
-    device, work = options.device, flops(case)
-    clips = case.clips(device)
-    exact = Version(WanCodec(make_vae(case, device, torch.float32), in_chunks=False))
-    latents = exact.encode(clips)
-    truth = {what: call() for what, call in calls(exact, clips, latents, case).items()}
-    del exact
-    compared, rows = versions(case, device, dtype, options.compile), []
-    for what in truth:
-        each = {name: calls(version, clips, latents, case)[what] for name, version in compared.items()}
-        theirs = each["diffusers"]()
-        errors = {name: check(name, call(), theirs, truth[what]) for name, call in each.items()}
-        peaks = {name: peak_notes(call, device) for name, call in each.items()}
-        times = harness.measure(each, device, options.rounds, warmup=1)
-        for name in each:
-            rate = work[what] / (statistics.median(times[name]) * 1e-3) / 1e12
-            notes = {"tflop_per_s": rate, "error": errors[name], **peaks[name]}
-            kind = str(dtype).removeprefix("torch.")
-            rows.append(harness.row(f"{what} rgb and depth, {case.name}, {kind}", name, times[name], **notes))
-    return rows
+class Bench:
+    """Rows, and what could not be measured, as they come."""
+
+    def __init__(self, case: Case, options: argparse.Namespace) -> None:
+        self.case, self.options = case, options
+        self.rows, self.skipped = list[harness.Row](), dict[str, str]()
+
+    def measure_vae(self, dtype: torch.dtype) -> None:
+        """Every version of both directions in one type."""
+        case, device, work = self.case, self.options.device, flops(self.case)
+        clips = case.clips(device)
+        exact = Version(WanCodec(make_vae(case, device, torch.float32), in_chunks=False))
+        latents = exact.encode(clips)
+        truth = {what: call() for what, call in calls(exact, clips, latents, case).items()}
+        del exact
+        compared = versions(case, device, dtype, self.options.compile)
+        for what, true in truth.items():
+            each = {name: calls(version, clips, latents, case)[what] for name, version in compared.items()}
+            errors = dict[str, float]()
+            right = harness.agreeing(each, partial(check, errors, each["diffusers"](), true), self.skipped)
+            peaks = {name: peak_notes(call, device) for name, call in right.items()}
+            times = harness.measure(right, device, self.options.rounds, warmup=1)
+            for name in right:
+                rate = work[what] / (statistics.median(times[name]) * 1e-3) / 1e12
+                notes = {"tflop_per_s": rate, "error": errors[name], **peaks[name]}
+                self.add(f"{what} rgb and depth, {case.name}, {type_name(dtype)}", name, times[name], **notes)
+
+    def measure_convolutions(self, dtype: torch.dtype) -> None:
+        """Convolutions over 3x3x3 alone, in three ways that give the same."""
+        for inputs, outputs, frames, height, width in self.case.convolutions():
+            shape = (1, 2 + frames, height, width, inputs)
+            last = torch.randn(shape, device=self.options.device, dtype=dtype).movedim(-1, 1)
+            weight = torch.randn(outputs, inputs, 3, 3, 3, device=self.options.device, dtype=dtype) / inputs
+            ways: dict[str, Callable[[], object]] = {
+                "conv3d, channels last": partial(conv3d, last, weight, padding=(0, 1, 1)),
+                "conv3d, channels first": partial(conv3d, last.contiguous(), weight, padding=(0, 1, 1)),
+                "3 conv2d, channels last": partial(frame_by_frame, last, weight),
+            }
+            work = 2 * 27 * inputs * outputs * frames * height * width
+            times = harness.measure(ways, self.options.device, self.options.rounds)
+            for name in ways:
+                rate = work / (statistics.median(times[name]) * 1e-3) / 1e12
+                case = f"convolution {inputs} to {outputs}, {[frames, height, width]}, {type_name(dtype)}"
+                self.add(case, name, times[name], tflop_per_s=rate)
+
+    def add(self, case: str, version: str, times: list[float], **notes: float | str) -> None:
+        self.rows.append(harness.row(case, version, times, **notes))
+        harness.keep("vae", self.rows, self.options, self.skipped)
 
 
-def measure_convolutions(case: Case, dtype: torch.dtype, options: argparse.Namespace) -> list[harness.Row]:
-    """Convolutions over 3x3x3 alone, in three ways that give the same."""
-    rows = []
-    for inputs, outputs, frames, height, width in case.convolutions():
-        shape = (1, 2 + frames, height, width, inputs)
-        last = torch.randn(shape, device=options.device, dtype=dtype).movedim(-1, 1)
-        weight = torch.randn(outputs, inputs, 3, 3, 3, device=options.device, dtype=dtype) / inputs
-        ways: dict[str, Callable[[], object]] = {
-            "conv3d, channels last": partial(conv3d, last, weight, padding=(0, 1, 1)),
-            "conv3d, channels first": partial(conv3d, last.contiguous(), weight, padding=(0, 1, 1)),
-            "3 conv2d, channels last": partial(frame_by_frame, last, weight),
-        }
-        work = 2 * 27 * inputs * outputs * frames * height * width
-        times = harness.measure(ways, options.device, options.rounds)
-        for name in ways:
-            rate = work / (statistics.median(times[name]) * 1e-3) / 1e12
-            what = f"convolution {inputs} to {outputs}, {[frames, height, width]}, {str(dtype).removeprefix('torch.')}"
-            rows.append(harness.row(what, name, times[name], tflop_per_s=rate))
-    return rows
+def type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def frame_by_frame(x: Tensor, weight: Tensor) -> Tensor:
@@ -246,13 +262,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.backends.cudnn.allow_tf32 = False
-    case, rows = (FULL if options.device == "cuda" else SMALL), []
+    case = FULL if options.device == "cuda" else SMALL
+    bench = Bench(case, options)
     for dtype in (getattr(torch, name) for name in options.dtype or case.dtypes):
         with torch.no_grad():
-            rows += measure_vae(case, dtype, options)
+            bench.measure_vae(dtype)
             if not options.no_convolutions:
-                rows += measure_convolutions(case, dtype, options)
-    harness.show("vae", rows, options)
+                bench.measure_convolutions(dtype)
+    harness.show("vae", bench.rows, options, bench.skipped)
 
 
 if __name__ == "__main__":

@@ -62,13 +62,13 @@ def rows(
     moved_bytes: int,
     copy_rate: float,
     rounds: int,
+    skipped: dict[str, str],
     what: str = "",
 ) -> list[harness.Row]:
     """Check the versions against float64, time them in turns, and give each one's time over the first's."""
-    for name, call in versions.items():
-        check(exact, call(), TOLERANCE[case.dtype], name)
-    times = harness.measure(versions, case.device, rounds)
-    made = [harness.row(f"{case}{what}", name, times[name], moved_bytes, copy_rate) for name in versions]
+    right = harness.agreeing(versions, lambda name, call: check(exact, call(), TOLERANCE[case.dtype], name), skipped)
+    times = harness.measure(right, case.device, rounds)
+    made = [harness.row(f"{case}{what}", name, times[name], moved_bytes, copy_rate) for name in right]
     for one in made:
         one.notes["times_the_kernel"] = one.ms / made[0].ms
     return made
@@ -105,7 +105,7 @@ def bench_both_ways(description: str, name: str, passes: tuple[int, int]) -> Non
         "torch eager": plain,
         "torch.compile": torch.compile(plain, dynamic=False),
     }
-    made = []
+    made, skipped = list[harness.Row](), dict[str, str]()
     for case in cases(options):
         given = CASES[name].arguments(case)
         exactly = tuple(part.double() for part in given)
@@ -113,8 +113,9 @@ def bench_both_ways(description: str, name: str, passes: tuple[int, int]) -> Non
         for run, what, count in zip((forward, forward_backward), ("", ", forward + backward"), passes, strict=True):
             versions = {key: partial(run, op, given) for key, op in ops.items()}
             moved = count * given[0].nbytes + tables_bytes
-            made += rows(case, versions, run(plain, exactly), moved, copy_rate, options.rounds, what)
-    harness.show(name, made, options)
+            made += rows(case, versions, run(plain, exactly), moved, copy_rate, options.rounds, skipped, what)
+            harness.keep(name, made, options, skipped)
+    harness.show(name, made, options, skipped)
 
 
 def bench_fp8(description: str, name: str) -> None:
@@ -136,15 +137,16 @@ def bench_fp8(description: str, name: str) -> None:
         "torch eager": plain,
         "torch.compile": torch.compile(plain, dynamic=False),
     }
-    made = []
+    made, skipped = list[harness.Row](), dict[str, str]()
     for case in cases(options):
         given = CASES[name].arguments(case)
         exactly = tuple(part.double() if isinstance(part, Tensor) else part for part in given)
         versions = {key: partial(forward, op, given) for key, op in ops.items()}
         truth = forward(getattr(u4d_fast.reference, exact), exactly)
         moved = bytes_of(*given, *forward(kernel, given))
-        made += rows(case, versions, truth, moved, copy_rate, options.rounds)
-    harness.show(name, made, options)
+        made += rows(case, versions, truth, moved, copy_rate, options.rounds, skipped)
+        harness.keep(name, made, options, skipped)
+    harness.show(name, made, options, skipped)
 
 
 def then_quantized(op: Callable[..., Any], backend: str, *given: Any) -> tuple[Any, ...]:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 import u4d_fast
 from u4d.diffusion.unipc import unipc_start, unipc_table
+from u4d.presets import Precision
 from u4d.sample.captured import Denoiser
 from u4d.sample.search import draw_candidate_noise
 from u4d.sample.step import Velocity, conditions
+from u4d_fast.backend import Backend
 
 GUIDANCE = 2.0
 OURS = "u4d kernels, captured"  # the report compares with the first version of a case that has "kernel" in its name
@@ -50,22 +52,22 @@ class Version:
 
     name: str
     capture: bool | None = False
-    backend: str = "auto"
+    backend: Backend = "auto"
     compiled: bool = False
-    precision: str = "exact"
+    precision: Precision = "exact"
 
     @contextmanager
     def active(self, system: System) -> Iterator[Velocity]:
         """The model, run so."""
         model = system.model
-        with u4d_fast.use_backend(self.backend), torch.no_grad():  # type: ignore[arg-type]
-            if self.precision != "exact":
-                u4d_fast.accelerate(model, precision=self.precision)  # type: ignore[arg-type]
-            for block in model.blocks:
-                if self.compiled:
-                    block.compile()
-            keys = model.text_keys(system.text)
+        with u4d_fast.use_backend(self.backend), torch.no_grad():
             try:
+                if self.precision != "exact":
+                    u4d_fast.accelerate(model, precision=self.precision)
+                if self.compiled:
+                    for block in model.blocks:
+                        block.compile()
+                keys = model.text_keys(system.text)
                 yield lambda latents, times: model(latents.to(model.dtype), times, keys)
             finally:
                 u4d_fast.restore(model)

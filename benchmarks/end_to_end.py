@@ -32,13 +32,14 @@ from u4d.diffusion.unipc import unipc_table
 from u4d.model.latents import decode_latents, encode_streams
 from u4d.model.streams import to_clips
 from u4d.sample.candidates import AT_ONCE, Sampling, draw_candidates
-from u4d.sample.halving import plan_cuts
+from u4d.sample.halving import Cut, plan_cuts
 from u4d.sample.search import CandidateScores, score_candidates
 from u4d.sample.step import Velocity
 
 TOLERANCE = 5e-2  # relative L2 distance of velocities: bfloat16, other kernels
 FP8_TOLERANCE = 0.5  # what fp8 loses is to be seen in the rows; this only refuses what is plainly wrong
 STAGE_SECONDS = 4.0  # of each stage; fewer rounds where they take longer
+OF_A_CANDIDATE = ("decode rgb and depth", "cameras", "score")  # what its latents go through
 
 
 @dataclass
@@ -91,7 +92,7 @@ class EndToEnd:
     @torch.no_grad()
     def measure_stages(self) -> None:
         """All but denoising."""
-        system, rounds = self.system, self.options.rounds
+        system = self.system
         codec, streams, frames = system.codec, system.streams, system.frames
         rgb, depth = system.clean[:, 0], system.clean[:, 1]
         assert streams.rgb is not None
@@ -107,11 +108,26 @@ class EndToEnd:
             "score": lambda: score_candidates(*clips.everything()),
         }
         for case, call in calls.items():
-            notes: dict[str, float | str] = {}
-            with harness.peak_memory(system.device, notes):
-                times = repeated(call, system.device, rounds)
-            self.stages[case] = statistics.median(times)
-            self.add(case, "u4d", times, **notes)
+            self.works(case, partial(self.measure_stage, case, call))
+
+    def measure_stage(self, case: str, call: Callable[[], object]) -> None:
+        """One of them, for one clip."""
+        notes: dict[str, float | str] = {}
+        with harness.peak_memory(self.system.device, notes):
+            times = repeated(call, self.system.device, self.options.rounds)
+        self.stages[case] = statistics.median(times)
+        self.add(case, "u4d", times, **notes)
+
+    def stages_ms(self, *cases: str) -> float:
+        """Of stages together.
+
+        Raises:
+            ValueError: one of them was not measured.
+        """
+        for case in cases:
+            if case not in self.stages:
+                raise ValueError(f"the stage '{case}' was not measured")
+        return sum(self.stages[case] for case in cases)
 
     def measure_versions(self, versions: list[Version]) -> list[Version]:
         """A step of each. Returns the versions that can be trusted; of the others it is told why they can't."""
@@ -176,20 +192,20 @@ class EndToEnd:
 
     def measure_clip(self, version: Version) -> None:
         """All steps of one clip, then the other stages on top."""
-        step = self.steps[version.name, 1]
-        denoised = self.whole(version, 1, (), step * self.options.steps)
-        others = sum(self.stages[name] for name in ("encode rgb and depth", "decode rgb and depth", "cameras", "score"))
+        others = self.stages_ms("encode rgb and depth", *OF_A_CANDIDATE)
+        denoised = self.whole(version, 1, (), self.steps[version.name, 1] * self.options.steps)
         notes = {"error": self.errors[version.name], "denoise_ms": denoised.ms, "other_stages_ms": others}
         case = f"one clip, {self.options.steps} steps, all stages"
         self.add(case, version.name, [denoised.ms + others], **notes, **denoised.notes)
 
     def measure_search(self, version: Version, halving: bool) -> None:
         """L candidates, decoded and scored."""
-        if (version.name, AT_ONCE) not in self.steps:
-            self.measure_steps(version, min(AT_ONCE, self.options.candidates))
         count = self.options.candidates
+        at_once = min(AT_ONCE, count)
+        if (version.name, at_once) not in self.steps:
+            self.measure_steps(version, at_once)
         cuts = plan_cuts(count, self.options.steps, halving)
-        per_candidate = self.stages["decode rgb and depth"] + self.stages["cameras"] + self.stages["score"]
+        per_candidate = self.stages_ms(*OF_A_CANDIDATE)
         counts, ends = [count, *(cut.keep for cut in cuts)], [*(cut.after for cut in cuts), self.options.steps]
         estimate, begin = 0.0, 0
         for alive, stop in zip(counts, ends, strict=True):
@@ -198,7 +214,7 @@ class EndToEnd:
             begin = stop
         ranked = sum(counts[:-1]) if cuts else 0
         found = self.whole(version, count, cuts, estimate + ranked * per_candidate)
-        decoded = self.stages["encode rgb and depth"] + counts[-1] * per_candidate
+        decoded = self.stages_ms("encode rgb and depth") + counts[-1] * per_candidate
         case = f"{count} candidates, {' -> '.join(map(str, counts)) if cuts else 'every forward'}"
         self.add(case, version.name, [found.ms + decoded], denoise_ms=found.ms, other_stages_ms=decoded, **found.notes)
 
@@ -208,7 +224,7 @@ class EndToEnd:
         nearest = min(measured, key=lambda size: abs(size - clips))
         return measured[nearest] * clips / nearest
 
-    def whole(self, version: Version, count: int, cuts: tuple, estimate: float) -> Whole:  # type: ignore[type-arg]
+    def whole(self, version: Version, count: int, cuts: tuple[Cut, ...], estimate: float) -> Whole:
         """Really drawn where the time allows, else the estimate, which says that it is one."""
         if not self.budget.allows(1e-3 * estimate):
             return Whole(estimate, {"steps": "extrapolated from single steps"})
@@ -272,7 +288,7 @@ def main() -> None:
     name = options.preset or ("wan-1.3b" if options.device == "cuda" else "debug")
     system = random_system(presets.PRESETS[name](), options.device, options.text_tokens)
     bench = EndToEnd(system, options)
-    bench.measure_stages()
+    bench.works("stages", bench.measure_stages)
     versions = bench.measure_versions(versions_for(options.device, options.compile))
     # Ours in each precision first, then what it is compared with, then what takes minutes.
     ours = versions[:1] + [version for version in versions if version.precision == "fp8"]

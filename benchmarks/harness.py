@@ -134,6 +134,28 @@ def reason_of(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def agreeing(
+    versions: Mapping[str, Callable[[], Any]],
+    check: Callable[[str, Callable[[], Any]], object],
+    skipped: dict[str, str],
+) -> dict[str, Callable[[], Any]]:
+    """The versions that run and pass a check; of the others `skipped` tells why they don't.
+
+    The first is what the benchmark is about: where it fails, so does the benchmark.
+    """
+    found: dict[str, Callable[[], Any]] = {}
+    for name, call in versions.items():
+        try:
+            check(name, call)
+        except (Exception, SystemExit) as error:
+            if call is next(iter(versions.values())):
+                raise
+            skipped[name] = reason_of(error)
+        else:
+            found[name] = call
+    return found
+
+
 def forward(version: Callable[..., Tensor], given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Its result, without gradients."""
     with torch.no_grad():
@@ -173,6 +195,11 @@ def check_close(expected: tuple[Tensor, ...], found: tuple[Tensor, ...], toleran
         worst = (a.double() - b.double()).abs().max().item()
         if not worst <= tolerance * (1 + a.double().abs().max().item()):
             raise SystemExit(f"{what}: output {number} is off by {worst:g}: nothing was measured")
+
+
+def close_to(expected: tuple[Tensor, ...], tolerance: float) -> Callable[[str, Callable[[], Any]], None]:
+    """`check_close` of what a version gives, for `agreeing`."""
+    return lambda name, call: check_close(expected, call(), tolerance, name)
 
 
 def row(

@@ -41,6 +41,20 @@ def test_a_measurement_takes_at_most_half_of_what_is_left(harness) -> None:
     assert 49 < harness.time_for_one() <= 50 and harness.time_for_one(2.0) == 2.0
 
 
+def test_versions_that_fail_are_named_and_the_first_must_not(harness) -> None:
+    def check(name: str, call: object) -> None:
+        if name in wrong:
+            raise SystemExit(f"{name} is off\nby much")
+
+    versions = {name: (lambda: None) for name in ("ours", "theirs", "others")}
+    wrong, skipped = {"theirs"}, {}
+    assert list(harness.agreeing(versions, check, skipped)) == ["ours", "others"]
+    assert skipped == {"theirs": "theirs is off"}
+    wrong = {"ours"}
+    with pytest.raises(SystemExit, match="ours is off"):
+        harness.agreeing(versions, check, skipped)
+
+
 def test_sustained_times_leave_the_warming_out(sustained) -> None:
     begin, calls = time.perf_counter(), []
     times, state = sustained.measure_sustained(lambda: calls.append(time.sleep(0.01)), "cpu", 0.4)

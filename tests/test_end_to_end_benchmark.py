@@ -62,12 +62,15 @@ def test_what_does_not_fit_the_time_is_extrapolated_or_named(monkeypatch: pytest
     assert result["skipped"]["torch.compile, blocks"].endswith("s were left, too few to compile in")
 
 
-def test_a_version_that_fails_or_is_wrong_is_left_out_with_the_reason(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_fails_or_is_wrong_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(model: object, *, precision: str) -> None:
         raise ValueError(f"no {precision} here\nand more")
 
+    def score(*clips: Tensor) -> None:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(importlib.import_module("end_to_end"), "score_candidates", score)
     monkeypatch.setattr("u4d_fast.accelerate", refuse)
     right = u4d_fast.gated_residual
 
@@ -79,3 +82,5 @@ def test_a_version_that_fails_or_is_wrong_is_left_out_with_the_reason(
     assert result["skipped"]["u4d kernels, fp8"] == "no fp8 here"
     assert result["skipped"]["u4d kernels, eager launches"].startswith("one forward is off by")
     assert {row["version"] for row in result["rows"]} == {"u4d", "torch eager + SDPA"}
+    assert result["skipped"]["score"] == "no kernel"
+    assert result["skipped"]["clip, torch eager + SDPA"] == "the stage 'score' was not measured"

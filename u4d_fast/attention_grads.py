@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 
 from u4d_fast import backend as backends
-from u4d_fast.attention_inputs import KERNEL_DTYPES, loadable, mask_arguments, mask_on, new_plan
+from u4d_fast.attention_inputs import KERNEL_DTYPES, mask_arguments, mask_on, new_plan, refused
 from u4d_fast.reference.multi_stream_attention import multi_stream_attention as reference_multi_stream_attention
 
 OP = "multi_stream_attention_grad"
@@ -46,8 +47,8 @@ def attention_grads(
         mask = mask_on(q.device, group_mask)
         plans = [new_plan(q, group_size, mask, of_keys=of_keys) for of_keys in (False, True)]
         facts = torch.empty(batch, heads, tokens, 2, dtype=torch.float32, device=q.device)
-        given = [loadable(x) for x in (grad, q, k, v)]
-        left = [loadable(out.contiguous()), lse.contiguous()]
+        given = [backends.loadable(x) for x in (grad, q, k, v)]
+        left = [backends.loadable(out.contiguous()), lse.contiguous()]
         backends.call(
             OP,
             q.device,
@@ -95,22 +96,13 @@ def _run(
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By the kernel where the forward kernel left its results, else by the reference."""
-    if out is None or lse is None or not kernel_runs(OP, q):
+    """By the kernel where the forward pass left its results and the kernel takes them, else by the reference."""
+    if out is None or lse is None or not kernel_runs(OP, q) or refused(q, group_size, group_mask):
         return reference_grads(grad, q, k, v, group_size, group_mask)
     return attention_grads(grad, q, k, v, out, lse, group_size, group_mask)
 
 
-def _fake(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    group_size: int,
-    group_mask: Tensor | None,
-    out: Tensor | None = None,
-    lse: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

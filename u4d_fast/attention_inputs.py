@@ -12,7 +12,6 @@ KERNEL_DTYPES = (torch.bfloat16,)
 KERNEL_HEAD_DIMS = (64, 128)
 KERNEL_MAX_GROUPS = 1024
 QUERY_TILE = 128
-ALIGNMENT = 16  # bytes
 
 
 def check_attention(
@@ -70,14 +69,6 @@ def refused(q: Tensor, group_size: int, group_mask: Tensor | None) -> str:
 def readable(*tensors: Tensor) -> bool:
     """Whether the tensors hold values now: nothing is traced, and none is a fake or another subclass."""
     return not torch.compiler.is_compiling() and all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
-
-
-def loadable(x: Tensor) -> Tensor:
-    """The tensor, or a copy of it where the kernels could not read it in place."""
-    in_place = x.stride(-1) == 1 and x.data_ptr() % ALIGNMENT == 0
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        in_place = in_place and (size == 1 or (stride > 0 and stride * x.element_size() % ALIGNMENT == 0))
-    return x if in_place else x.clone(memory_format=torch.contiguous_format)
 
 
 def mask_on(device: torch.device, group_mask: Tensor | None) -> Tensor | None:

@@ -26,6 +26,7 @@ FLOAT32 = (torch.float32,)
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SINGLE_AND_HALF = tuple(DTYPE_CODES)
 PORTABLE_FROM = (8, 0)  # compute capability that kernels without Hopper's own instructions need; csrc/CMakeLists.txt
+COPY_ALIGNMENT = 16  # bytes, of addresses and strides that Hopper's copy engine takes; csrc/kernels/common/tensor_map.h
 
 
 class BackendError(ValueError):
@@ -71,6 +72,11 @@ def default_backend() -> str:
     return _default
 
 
+def is_auto(backend: str) -> bool:
+    """Whether the implementation of a call is ours to choose: nobody has asked for one by name."""
+    return backend == "auto" and _default == "auto"
+
+
 def unavailable(op: str, device_type: str, device_index: int) -> str:
     """Why no compiled kernel of `op` can run on this device; the empty string where one can."""
     known = _availability.get((op, device_type, device_index))
@@ -104,7 +110,8 @@ def _find_unavailable(op: str, device_type: str, device_index: int) -> str:
     # Code for sm_90a (with the "a") runs on compute capability 9.0 and on no other.
     if kernels.cuda_arch.rstrip("a") == have:
         return ""
-    if op in kernels.hopper_ops:
+    # A folder is named there; all kernels of it begin with its name.
+    if any(f"{op}_".startswith(f"{folder}_") for folder in kernels.hopper_ops):
         return f"the kernel is compiled for {kernels.cuda_arch}, this GPU is {have}"
     if capability < PORTABLE_FROM:
         return "the kernel is compiled for compute capability {}.{} and newer, this GPU is {}".format(
@@ -168,6 +175,14 @@ def call(op: str, device: torch.device, *arguments: int | float) -> None:
         getattr(kernels, f"{op}_cuda")(stream.device_index, stream.cuda_stream, *arguments)
 
 
+def loadable(x: Tensor) -> Tensor:
+    """The tensor, or a copy of it where Hopper's copy engine could not read it in place."""
+    in_place = x.stride(-1) == 1 and x.data_ptr() % COPY_ALIGNMENT == 0
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        in_place = in_place and (size == 1 or (stride > 0 and stride * x.element_size() % COPY_ALIGNMENT == 0))
+    return x if in_place else x.clone(memory_format=torch.contiguous_format)
+
+
 _library = torch.library.Library("u4d_fast", "FRAGMENT")
 
 
@@ -181,6 +196,7 @@ def register(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
     dtypes: tuple[torch.dtype, ...] = FLOAT32,
+    reference_backward: bool = False,
 ) -> Callable[..., Any]:
     """Make an op known to torch as `torch.ops.u4d_fast.<name>` and return the function that runs its kernel.
 
@@ -194,6 +210,8 @@ def register(
         backward: `(ctx, *grads)` -> one gradient (or None) for each input. Without it the op is not differentiable and
             its results are constants.
         dtypes: what the kernel takes, as in `resolve`.
+        reference_backward: where a gradient is wanted run `reference`, which torch differentiates. For an op that is
+            itself a gradient: few want one of that (`create_graph=True`), and who does must not get a constant.
     Returns:
         A function with the schema's arguments. It takes the cheapest way that is right: straight to `kernel` when
         nothing is traced and no gradient is wanted, through `torch.autograd.Function` in eager mode with gradients,
@@ -223,8 +241,11 @@ def register(
                 if type(argument) not in (Tensor, torch.nn.Parameter) or argument.is_meta:
                     return registered(*arguments)  # fake and meta tensors and other subclasses hold no memory
                 wants_grad = wants_grad or argument.requires_grad
-        if wants_grad and apply is not None and torch.is_grad_enabled():
-            return apply(*arguments)
+        if wants_grad and torch.is_grad_enabled():
+            if apply is not None:
+                return apply(*arguments)
+            if reference_backward:
+                return reference(*arguments)
         return kernel(*arguments)
 
     return launch

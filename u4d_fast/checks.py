@@ -15,6 +15,16 @@ def describe(shape: Sequence[int]) -> str:
     return "[" + ",".join(str(size) for size in shape) + "]"
 
 
+def check_tensor(name: str, tensor: object, pattern: Sequence[str | int]) -> None:
+    """Check that an argument is a tensor; the pattern of its shape is for the error alone.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor {describe_pattern(pattern)}, got {type(tensor).__name__}")
+
+
 def check_shape(name: str, tensor: Tensor, pattern: Sequence[str | int]) -> None:
     """Check a tensor's dimensions against a pattern: a number must match, a letter stands for any size.
 
@@ -22,8 +32,7 @@ def check_shape(name: str, tensor: Tensor, pattern: Sequence[str | int]) -> None
         ValueError: naming the argument, the wanted and the given shape.
         TypeError: it is no tensor.
     """
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor {describe_pattern(pattern)}, got {type(tensor).__name__}")
+    check_tensor(name, tensor, pattern)
     shape = tensor.shape
     if len(shape) == len(pattern):
         for size, wanted in zip(shape, pattern, strict=True):
@@ -44,7 +53,9 @@ def check_match(name: str, tensor: Tensor, shape: Sequence[int], other_name: str
 
     Raises:
         ValueError: naming both arguments.
+        TypeError: it is no tensor.
     """
+    check_tensor(name, tensor, shape)
     if tuple(tensor.shape) != tuple(shape):
         wanted = f"{describe(shape)} to match {other_name} {describe(other.shape)}"
         raise ValueError(f"{name}: expected {wanted}, got {describe(tensor.shape)}")

@@ -57,7 +57,7 @@ def resolve(op: str, backend: str, x: Tensor, *tensors: Tensor, most: int = MAX_
     chosen = backends.resolve(op, backend, x, *tensors, dtypes=backends.SINGLE_AND_HALF)
     if chosen == "reference" or x.shape[-1] <= most:
         return chosen
-    if backend == "auto" and backends.default_backend() == "auto":
+    if backends.is_auto(backend):
         return "reference"
     raise backends.BackendError(
         f"{op}: backend {chosen!r} cannot run: the kernels take at most {most} channels, got {x.shape[-1]}"

@@ -11,13 +11,23 @@ from u4d_fast.fp8 import Fp8Rows
 MULTIPLE = 16
 """Of which K and N are multiples."""
 
+FROM = (9, 0)
+"""The compute capability from which scales of rows and columns are taken."""
+
 
 def takes_scaled_mm(x: Fp8Rows, weight: Fp8Rows, dtype: torch.dtype) -> bool:
     """Whether `scaled_mm_by_stream` gives this dtype for these rows, on their device."""
     if x.values.device.type != "cuda" or dtype != torch.bfloat16 or not x.values.numel() * weight.values.numel():
         return False
     whole = not any(size % MULTIPLE for size in weight.values.shape[1:])
-    return whole and torch.cuda.get_device_capability(x.values.device) >= (9, 0)
+    return whole and _takes_scales(x.values.device.index)
+
+
+def _takes_scales(device_index: int) -> bool:
+    return torch.cuda.get_device_capability(device_index) >= FROM
+
+
+vars(_takes_scales)["_dynamo_marked_constant"] = True  # as in backend.py: torch.compile does not look inside
 
 
 def scaled_mm_by_stream(x: Fp8Rows, weight: Fp8Rows, bias: Tensor | None = None, gelu: bool = False) -> Tensor:

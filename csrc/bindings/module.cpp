@@ -1,5 +1,5 @@
-// The Python module u4d_fast._kernels. bindings.inc lists every other file of this folder, hopper_ops.inc the ops whose
-// CUDA kernels run on Hopper alone (see csrc/CMakeLists.txt).
+// The Python module u4d_fast._kernels. bindings.inc lists every other file of this folder, hopper_ops.inc the folders
+// of kernels/ whose CUDA kernels run on Hopper alone (see csrc/CMakeLists.txt).
 #include <pybind11/pybind11.h>
 
 #ifdef _OPENMP

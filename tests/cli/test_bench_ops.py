@@ -33,9 +33,8 @@ def test_an_op_takes_its_case_and_agrees_with_its_twin(name: str) -> None:
 
 
 def test_every_public_op_has_a_case() -> None:
-    of_the_vae = {"causal_norm_silu", "residual_causal_norm_silu"}  # it has a benchmark of its own
     gradients = {name for name in u4d_fast.info()["ops"] if name.endswith("_grad")}
-    assert set(u4d_fast.info()["ops"]) - of_the_vae - gradients <= CASES.keys()
+    assert set(u4d_fast.info()["ops"]) - gradients <= CASES.keys()
 
 
 def test_sizes_are_the_presets() -> None:
@@ -53,6 +52,11 @@ def test_ops_are_shown_beside_eager_torch(u4d: Command) -> None:
     kernel, eager, factor, error = float(row[1]), float(row[4]), float(row[7]), float(row[-1])
     assert kernel > 0 and eager > 0 and factor > 0 and error < 1e-5 and row[8:10] == ["-", "-"]
     assert "no CPU kernel of multi_stream_attention" in missing
+
+
+def test_types_that_no_kernel_takes_are_told(u4d: Command) -> None:
+    shown = u4d(*QUICK, "--op", "rms_norm", "--no-compile", "--dtype", "float64")
+    assert shown.code == 0 and "P=6, fp64 on cpu" in shown.out and "float64" in shown.out.split("not measured:")[1]
 
 
 def test_ops_as_json_with_torch_compile(u4d: Command, monkeypatch: pytest.MonkeyPatch) -> None:

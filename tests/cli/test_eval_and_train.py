@@ -51,7 +51,7 @@ def test_eval_with_halving_gives_candidates_up(u4d: Command, debug_checkpoint: P
 def test_halving_of_eval_is_that_of_the_pipeline() -> None:
     asked: list[dict[str, object]] = []
     pipe = SimpleNamespace(complete=lambda scene, **settings: asked.append(settings) or scene)
-    assert eval_verb.GivesUp(pipe).complete("a scene", seed=3) == "a scene"
+    assert eval_verb.WithHalving(pipe).complete("a scene", seed=3) == "a scene"
     assert asked == [{"halving": True, "seed": 3}]
 
 

@@ -175,6 +175,17 @@ class BlockOpTests:
                 found = self.gradients(given, "cpu")
             self.check_gradients(found, given)
 
+    def test_gradients_of_gradients_are_the_references(self) -> None:
+        """A kernel's results are constants to torch: with create_graph it must not run."""
+        results = []
+        for backend in ("auto", "reference"):
+            given = [tensor.requires_grad_() for tensor in self.make(SMALL)]
+            squares = [out.square().sum() for out in as_tuple(self.op(*given, *self.numbers, backend=backend))]
+            gradients = torch.autograd.grad(sum(squares), given, create_graph=True)
+            results.append(torch.autograd.grad([gradient.square().sum() for gradient in gradients], given))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
     def test_registered_ops_keep_torchs_rules(self) -> None:
         given = self.make(SMALL, torch.bfloat16)
         registered, grad = (getattr(torch.ops.u4d_fast, self.name + suffix).default for suffix in ("", "_grad"))

@@ -132,11 +132,13 @@ def test_a_module_without_cuda_or_for_another_gpu_says_so(monkeypatch) -> None:
     assert backends.unavailable("warp_frames", "cpu", -1) == "the compiled module has no CPU kernel of warp_frames"
     monkeypatch.setattr(backends, "_availability", {})
     built = SimpleNamespace(cuda_arch="sm_90a", hopper_ops=("attention",), pack_rays_cuda=print, attention_cuda=print)
+    built.attention_fp8_cuda = print  # of the same folder
     monkeypatch.setattr(backends, "kernels", built)
     assert backends.unavailable("pack_rays", "cuda", 0) == backends.unavailable("attention", "cuda", 0) == ""
     # Portable kernels come as PTX too.
     assert backends.unavailable("pack_rays", "cuda", 1) == ""
-    assert backends.unavailable("attention", "cuda", 1) == "the kernel is compiled for sm_90a, this GPU is sm_100"
+    for op in ("attention", "attention_fp8"):
+        assert backends.unavailable(op, "cuda", 1) == "the kernel is compiled for sm_90a, this GPU is sm_100"
     assert "compute capability 8.0 and newer, this GPU is sm_75" in backends.unavailable("pack_rays", "cuda", 2)
     assert "no kernels for device type 'mps'" in backends.unavailable("pack_rays", "mps", 0)
 

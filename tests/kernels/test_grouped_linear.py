@@ -12,7 +12,7 @@ from u4d_fast import backend as backends
 from u4d_fast.fp8 import Fp8Rows
 from u4d_fast.ops import grouped_linear as op_file
 from u4d_fast.ops.grouped_linear import grouped_linear, grouped_linear_fp8
-from u4d_fast.reference import grouped_linear as reference_file
+from u4d_fast.reference.grouped_linear import grouped_linear as reference_grouped_linear
 from u4d_fast.reference.quantize_rows import quantize_rows
 from u4d_fast.scaled_mm import scaled_mm_by_stream, takes_scaled_mm
 
@@ -38,7 +38,7 @@ def test_is_a_linear_layer_in_every_stream(with_bias: bool, with_gelu: bool) -> 
     given = in_clips(x), weight, bias if with_bias else None
     found = grouped_linear(*given, gelu=with_gelu)
     torch.testing.assert_close(found, by_stream(*given, with_gelu))
-    assert torch.equal(found, reference_file.grouped_linear(*given, with_gelu)) and found.shape == (2, 3, 5, 32)
+    assert torch.equal(found, reference_grouped_linear(*given, with_gelu)) and found.shape == (2, 3, 5, 32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from group_masks import BATCH, GROUPS, MASKS, as_pairs, existing, own_stream, random_mask, random_qkv
+from attention_on_gpu import (
+    DIMS,
+    ForwardTests,
+    random_heads,
+    tile_maxima,
+    visible_keys,
+    waiting_is_an_error,
+)
+from group_masks import BATCH, GROUPS, MASKS, existing, own_stream, random_mask
 from torch import Tensor
 
 import u4d_fast
@@ -18,8 +25,6 @@ from u4d_fast.reference.multi_stream_attention_fp8 import multi_stream_attention
 from u4d_fast.reference.multi_stream_attention_fp8 import quantize, seen_tokens
 
 pytestmark = pytest.mark.gpu
-DIMS = (64, 128)
-TILE_ROWS = 128
 
 # The tensor cores keep about 14 bits of the sum over a tile's 128 keys, and cut the rest off. In an emulation of that
 # results of many similar values become 0.07 % smaller; without sums of tiles in float32 they would by up to 25 %.
@@ -32,39 +37,15 @@ def _needs_the_kernel() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture
-def outputs_start_as_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernels do not write stays NaN, in e4m3 (bytes of 7f) too; plan and extents start far off."""
-    empty = torch.empty
-
-    def filled(*args: Any, **kwargs: Any) -> Tensor:
-        made = empty(*args, **kwargs)
-        return made.fill_(torch.nan if made.is_floating_point() else 0x7F if made.dtype == torch.uint8 else -(10**8))
-
-    monkeypatch.setattr(torch, "empty", filled)
-
-
-def cuda_qkv(seed: int, batch: int, tokens: int, heads: int, dim: int) -> list[Tensor]:
-    return [x.cuda() for x in random_qkv(seed, torch.bfloat16, (batch, tokens, heads, dim))]
-
-
 def exact_lse(q: Tensor, k: Tensor, size: int, mask: Tensor | None) -> Tensor:
     """In float64, head by head: `[B,heads,T]`."""
-    batch, tokens, heads, dim = q.shape
-    seen = torch.ones(batch, 1, tokens, dtype=torch.bool, device=q.device)
-    if mask is not None:
-        seen = (mask if mask.ndim == 3 else mask[:, None]).to(q.device).repeat_interleave(size, 2)
-        seen = seen.repeat_interleave(size, 1) if mask.ndim == 3 else seen
+    heads, dim = q.shape[2:]
+    seen = visible_keys(q, size, mask)
     lse = [
         (q[:, :, head] @ k[:, :, head].mT / math.sqrt(dim)).masked_fill(~seen, -math.inf).logsumexp(-1)
         for head in range(heads)
     ]
     return torch.stack(lse, 1)
-
-
-def tile_maxima(error: Tensor) -> Tensor:
-    """The largest error of each tile of 128 queries of a head."""
-    return torch.stack([tile.abs().amax((1, 3)) for tile in error.split(TILE_ROWS, 1)], 1)
 
 
 def check(given: list[Tensor], size: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -89,32 +70,20 @@ def check(given: list[Tensor], size: int, mask: Tensor | None) -> tuple[Tensor, 
     return out, lse
 
 
-# Values.
+class TestForward(ForwardTests):
+    def run(self, given: list[Tensor], size: int, mask: Tensor | None) -> tuple[Tensor, ...]:
+        q, k, v = given
+        return attention_fp8_with_lse(q, k, v, size, mask)
 
-
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("size", [300, 48, 17, 1])
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.usefixtures("outputs_start_as_nan")
-def test_every_mask_and_group_size(name: str, size: int, dim: int) -> None:
-    check(cuda_qkv(1, BATCH, GROUPS * size, 2, dim), size, MASKS[name]())
+    def check(self, given: list[Tensor], size: int, mask: Tensor | None) -> None:
+        check(given, size, mask)
 
 
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 127, 128, 129, 143, 256, 257, 400, 1000])
 @pytest.mark.usefixtures("outputs_start_as_nan")
 def test_any_number_of_tokens(tokens: int, dim: int) -> None:
-    check(cuda_qkv(2, 1, tokens, 3, dim), tokens, None)
-
-
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.usefixtures("outputs_start_as_nan")
-def test_more_tiles_than_multiprocessors(dim: int) -> None:
-    """Each block of the persistent grid works on several tiles, some of which see nothing."""
-    groups, size = 8, 300
-    mask = torch.rand(3, groups, groups, generator=torch.Generator().manual_seed(3)) < 0.3
-    mask[0, :4], mask[2, 7] = False, False
-    check(cuda_qkv(3, 3, groups * size, 12, dim), size, mask)
+    check(random_heads(2, 1, tokens, 3, dim), tokens, None)
 
 
 @pytest.mark.parametrize("shift", [0.0, 2.0])
@@ -123,7 +92,7 @@ def test_more_tiles_than_multiprocessors(dim: int) -> None:
 def test_a_full_clip(masked: bool, shift: float) -> None:
     """56 groups of 300 tokens, as in wan-1.3b, with one head. With a mean in the values the sums over keys grow to the
     end: what the tensor cores do not keep of them would show."""
-    q, k, v = cuda_qkv(4, 1, 56 * 300, 1, 128)
+    q, k, v = random_heads(4, 1, 56 * 300, 1, 128)
     mask = own_stream(4, 14) if masked else None
     out, _ = check([q, k, v + shift], 300, mask)
     exact = exact_attention(q.double(), k.double(), (v + shift).double(), 300, mask)
@@ -131,108 +100,25 @@ def test_a_full_clip(masked: bool, shift: float) -> None:
     assert abs(lost) < 0.005, f"results are {100 * lost:.2f} % too small"
 
 
-@pytest.mark.parametrize("factor", [0.0, 1.0, 30.0])
-def test_scores_of_any_size(factor: float) -> None:
-    q, k, v = cuda_qkv(5, 1, 500, 2, 128)
-    check([q * factor, k, v], 500, None)
-
-
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("name", ["none", "existing", "pairs 0"])
-def test_strided_inputs(name: str, dim: int) -> None:
-    given, mask = cuda_qkv(6, BATCH, GROUPS * 60, 2, dim), MASKS[name]()
-    expected = attention_fp8_with_lse(*given, 60, mask)
-    q, k, v = given
-    side_by_side = torch.stack((q, k), 3)
-    by_head = v.transpose(1, 2).contiguous().transpose(1, 2)
-    every_other = torch.stack((v, v), -1).flatten(-2)[..., ::2]  # can't be read in place
-    odd_address = q.new_zeros(q.numel() + 1)[1:].view_as(q).copy_(q)
-    for strided in (
-        (side_by_side[..., 0, :], side_by_side[..., 1, :], by_head),
-        (odd_address, k, every_other),
-    ):
-        found = attention_fp8_with_lse(*strided, 60, mask)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-# What is not seen.
-
-
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("size", [100, 300])
-@pytest.mark.parametrize("name", ["existing", "pairs 0", "pairs 1"])
-def test_what_nobody_sees_has_no_influence(name: str, size: int, dim: int) -> None:
-    (q, k, v), mask = cuda_qkv(7, BATCH, GROUPS * size, 2, dim), MASKS[name]()
-    expected = attention_fp8_with_lse(q, k, v, size, mask)
-    hidden = ~as_pairs(mask).any(1).repeat_interleave(size, 1).cuda()
-    assert hidden.any()
-    k, v = k.masked_fill(hidden[..., None, None], torch.nan), v.masked_fill(hidden[..., None, None], torch.inf)
-    found = attention_fp8_with_lse(q, k, v, size, mask)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("which", [1, 2])
 def test_a_nan_reaches_those_who_see_it_and_nobody_else(which: int, dim: int) -> None:
     """Keys of other groups stand on both sides of it in its tile, since 70 is no multiple of 16."""
-    given, mask = cuda_qkv(8, BATCH, GROUPS * 70, 1, dim), random_mask(6)
+    given, mask = random_heads(8, BATCH, GROUPS * 70, 1, dim), random_mask(6)
     given[which][:, 205] = torch.nan
     reached = attention_fp8_with_lse(*given, 70, mask)[0].isnan().flatten(2).any(-1).cpu()
     assert torch.equal(reached, mask[:, :, 2].repeat_interleave(70, 1)) and reached.any() and not reached.all()
 
 
-# How it is called.
-
-
-@pytest.mark.parametrize("dim", DIMS)
-def test_the_same_call_gives_the_same_bits(dim: int) -> None:
-    given, mask = cuda_qkv(9, BATCH, GROUPS * 300, 12, dim), random_mask(1)
-    expected = attention_fp8_with_lse(*given, 300, mask)
-    for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(attention_fp8_with_lse(*given, 300, mask), expected, strict=True))
-
-
-def test_runs_on_the_current_stream() -> None:
-    given, mask = cuda_qkv(10, BATCH, GROUPS * 300, 4, 128), random_mask(2)
-    expected = attention_fp8_with_lse(*given, 300, mask)
-    later = [torch.zeros_like(x) for x in given]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # what runs on another stream reads zeros
-        for x, y in zip(later, given, strict=True):
-            x.copy_(y)
-        found = attention_fp8_with_lse(*later, 300, mask)
-    stream.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def test_a_captured_graph_follows_the_mask() -> None:
-    given, mask = cuda_qkv(11, BATCH, GROUPS * 300, 2, 128), random_mask(3).cuda()
-    attention_fp8_with_lse(*given, 300, mask)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, lse = attention_fp8_with_lse(*given, 300, mask)
-    for seed in (3, 4):
-        mask.copy_(random_mask(seed))
-        graph.replay()
-        expected = attention_fp8_with_lse(*given, 300, mask)
-        assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
-
-
 @pytest.mark.parametrize("mask_device", ["cpu", "cuda"])
 @pytest.mark.parametrize("name", ["existing", "pairs 0"])
 def test_nothing_is_waited_for(name: str, mask_device: str) -> None:
-    given, mask = cuda_qkv(12, BATCH, GROUPS * 30, 2, 64), MASKS[name]()
+    given, mask = random_heads(12, BATCH, GROUPS * 30, 2, 64), MASKS[name]()
     assert mask is not None
     mask = mask.to(mask_device)
     multi_stream_attention_fp8(*given, 30, mask)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         multi_stream_attention_fp8(*given, 30, mask)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # The choice.
@@ -240,7 +126,7 @@ def test_nothing_is_waited_for(name: str, mask_device: str) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_auto_takes_the_kernel(masked: bool) -> None:
-    given, mask = cuda_qkv(13, BATCH, GROUPS * 30, 2, 64), existing(1) if masked else None
+    given, mask = random_heads(13, BATCH, GROUPS * 30, 2, 64), existing(1) if masked else None
     by_kernel = attention_fp8_with_lse(*given, 30, mask)[0]
     assert torch.equal(multi_stream_attention_fp8(*given, 30, mask), by_kernel)
     by_reference = reference_attention(*given, 30, mask)
@@ -251,7 +137,7 @@ def test_auto_takes_the_kernel(masked: bool) -> None:
 
 
 def test_what_the_kernel_does_not_take() -> None:
-    other_dim, single = cuda_qkv(14, 1, 20, 1, 32), [x.float() for x in cuda_qkv(14, 1, 20, 1, 64)]
+    other_dim, single = random_heads(14, 1, 20, 1, 32), [x.float() for x in random_heads(14, 1, 20, 1, 64)]
     for given, reason in ((other_dim, "head dims 64 and 128, got 32"), (single, "bfloat16, got torch.float32")):
         with pytest.raises(u4d_fast.BackendError, match=reason):
             multi_stream_attention_fp8(*given, 4, backend="cuda")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from group_masks import GROUPS, MASKS, as_pairs, random_mask, random_qkv
+from attention_on_shim import ORDERS, as_c, bf16_qkv, exact_lse, mask_strides, plan_size, prepared_library
+from group_masks import GROUPS, MASKS, as_pairs, random_mask
 from shim_compiler import op_library
 from torch import Tensor
 
@@ -18,8 +19,7 @@ from u4d_fast.reference.multi_stream_attention import multi_stream_attention as 
 from u4d_fast.reference.multi_stream_attention_fp8 import Quantized, multi_stream_attention_fp8, quantize, seen_tokens
 
 OP = "multi_stream_attention_fp8"
-ORDERS = (0, 1)  # of the threads of a block: first to last, last to first
-QUERY_TILE, KEY_TILE, SLICE = 128, 128, 128
+KEY_TILE, SLICE = 128, 128
 KEY_ORDER = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
 GUARD = 64  # bytes behind every output
 
@@ -43,10 +43,7 @@ def attend(
     q: Tensor, k: Tensor, v: Tensor, group_size: int, mask: Tensor | None = None, order: int = 0, seed: int = 1
 ) -> Attended:
     """Run both CUDA sources on the CPU."""
-    library = op_library(OP)
-    library.u4d_shim_failure.restype = ctypes.c_char_p
-    library.u4d_shim_last_thread_first(order)
-    library.u4d_shim_seed(seed)
+    library = prepared_library(OP, order, seed)
     batch, tokens, heads, dim = q.shape
     groups, padded = tokens // group_size, -(-tokens // 16) * 16
     outputs = Outputs()
@@ -95,24 +92,8 @@ def call(function: ctypes._NamedFuncPointer, *arguments: Tensor | int | None) ->
 
 
 def launch(function: ctypes._NamedFuncPointer, *arguments: Tensor | int | None) -> int:
-    """The launcher's status; tensors become pointers."""
-    given = [
-        ctypes.c_int64(x) if isinstance(x, int) else ctypes.c_void_p(None if x is None else x.data_ptr())
-        for x in arguments
-    ]
-    return function(ctypes.c_void_p(None), *given)
-
-
-def mask_strides(mask: Tensor | None) -> tuple[int, ...]:
-    if mask is None:
-        return (0, 0, 0)
-    return mask.stride() if mask.ndim == 3 else (mask.stride(0), 0, mask.stride(1))
-
-
-def plan_size(groups: int, group_size: int, by_query: bool) -> int:
-    """`attention_plan_size` of multi_stream_attention.h."""
-    rows, run = (groups, group_size) if by_query else (1, groups * group_size)
-    return 1 + 3 * rows * math.ceil(run / QUERY_TILE) + rows * (1 + 2 * ((groups + 1) // 2))
+    """The launcher's status."""
+    return function(ctypes.c_void_p(None), *as_c([*arguments]))
 
 
 def as_float(codes: Tensor) -> Tensor:
@@ -143,18 +124,10 @@ def assert_right(given: list[Tensor], size: int, mask: Tensor | None, attended: 
     error, allowed = attended.out.double() - exact, specified.double() - exact
     assert error.abs().max() <= 2 * allowed.abs().max() + 1e-3
     assert error.norm() <= 1.2 * allowed.norm() + 1e-3 * exact.norm()
-    scores = torch.einsum("bqhd,bkhd->bhqk", *scaled[:2]) / math.sqrt(q.shape[-1])
-    if mask is not None:
-        seen = as_pairs(mask)[: q.shape[0]].repeat_interleave(size, 1).repeat_interleave(size, 2)
-        scores = scores.masked_fill(~seen[:, None], -math.inf)
-    exact_lse = scores.logsumexp(-1)
-    blind = exact_lse.isinf()
+    lse = exact_lse(*scaled[:2], size, mask)
+    blind = lse.isinf()
     assert torch.equal(attended.lse == -math.inf, blind) and not attended.out.transpose(1, 2)[blind].any()
-    torch.testing.assert_close(attended.lse.double()[~blind], exact_lse[~blind], rtol=1e-5, atol=1e-5)
-
-
-def bf16_qkv(seed: int, batch: int, tokens: int, heads: int, dim: int) -> list[Tensor]:
-    return random_qkv(seed, torch.bfloat16, (batch, tokens, heads, dim))
+    torch.testing.assert_close(attended.lse.double()[~blind], lse[~blind], rtol=1e-5, atol=1e-5)
 
 
 def in_both_orders(given: list[Tensor], size: int, mask: Tensor | None) -> Attended:
@@ -181,6 +154,14 @@ def test_any_number_of_tokens(tokens: int, dim: int) -> None:
 def test_any_group_size(size: int) -> None:
     given, mask = bf16_qkv(3, 2, GROUPS * size, 1, 64), random_mask(4)
     assert_right(given, size, mask, in_both_orders(given, size, mask))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_scores_too_small_for_float32(dim: int) -> None:
+    """The scales of q and k multiply to zero; what is hidden, with a score of -inf, must not become NaN."""
+    (q, k, v), mask = bf16_qkv(12, 2, GROUPS * 30, 1, dim), random_mask(5)
+    given = [q * 1e-20, k * 1e-30, v]
+    assert_right(given, 30, mask, attend(*given, 30, mask))
 
 
 def test_strided_inputs() -> None:

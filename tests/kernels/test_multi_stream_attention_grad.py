@@ -53,6 +53,14 @@ def exact_lse(q: Tensor, k: Tensor, size: int, mask: Tensor | None) -> Tensor:
 # By the reference.
 
 
+def test_what_the_kernels_do_not_take_goes_to_the_reference(emulated: list[str]) -> None:
+    """A saved program may bring another head dim than it was traced with."""
+    qkv, mask = [x.requires_grad_() for x in random_qkv(2, torch.bfloat16)], random_mask(1)
+    found = torch.autograd.grad(length(mask, SIZE, *qkv), qkv)
+    expected = torch.autograd.grad(reference_attention(*qkv, SIZE, mask).float().cos().sum(), qkv)
+    assert not emulated and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("name", MASKS)
 def test_the_references_second_result(name: str) -> None:
     (q, k, v), mask = random_qkv(1), MASKS[name]()

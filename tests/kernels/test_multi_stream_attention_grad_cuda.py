@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from group_masks import BATCH, GROUPS, MASKS, as_pairs, own_stream, random_mask, random_qkv
+from attention_on_gpu import (
+    DIMS,
+    CallTests,
+    assert_same,
+    random_heads,
+    tile_maxima,
+    visible_keys,
+    waiting_is_an_error,
+)
+from group_masks import BATCH, GROUPS, MASKS, as_pairs, own_stream, random_mask
 from torch import Tensor
 
 from u4d_fast import backend as backends
@@ -17,8 +26,6 @@ from u4d_fast.ops.multi_stream_attention import attention_with_lse
 from u4d_fast.reference.multi_stream_attention import multi_stream_attention as reference_attention
 
 pytestmark = pytest.mark.gpu
-DIMS = (64, 128)
-TILE_ROWS = 128
 
 
 @pytest.fixture(autouse=True)
@@ -27,23 +34,10 @@ def _needs_the_kernel() -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture
-def outputs_start_as_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernels do not write stays NaN, and what they read of their plans unwritten is far off."""
-    empty = torch.empty
-
-    def filled(*args: Any, **kwargs: Any) -> Tensor:
-        made = empty(*args, **kwargs)
-        return made.fill_(torch.nan if made.is_floating_point() else -(10**8))
-
-    monkeypatch.setattr(torch, "empty", filled)
-
-
 def cuda_case(seed: int, batch: int, tokens: int, heads: int, dim: int) -> list[Tensor]:
     """The gradient of the attention, and q, k, v: `[B,T,heads,d]` each."""
-    shape = (batch, tokens, heads, dim)
-    grad = random_qkv(seed + 1000, torch.bfloat16, shape)[0]
-    return [x.cuda() for x in (grad, *random_qkv(seed, torch.bfloat16, shape))]
+    grad = random_heads(seed + 1000, batch, tokens, heads, dim)[0]
+    return [grad, *random_heads(seed, batch, tokens, heads, dim)]
 
 
 def by_kernel(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, size: int, mask: Tensor | None) -> tuple[Tensor, ...]:
@@ -52,11 +46,7 @@ def by_kernel(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, size: int, mask: Te
 
 def exact_grads(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, size: int, mask: Tensor | None) -> list[Tensor]:
     """In float64, head by head, by the formulas of the kernel's contract."""
-    seen = torch.ones(len(q), 1, 1, dtype=torch.bool, device=q.device)
-    if mask is not None:
-        pairs = mask if mask.ndim == 3 else mask[:, None]
-        seen = pairs.to(q.device).repeat_interleave(size, 2)
-        seen = seen.repeat_interleave(size, 1) if mask.ndim == 3 else seen
+    seen = visible_keys(q, size, mask)
     scale = 1 / math.sqrt(q.shape[-1])
     grads = [torch.empty_like(x, dtype=torch.float64) for x in (q, k, v)]
     for head in range(q.shape[2]):
@@ -72,11 +62,6 @@ def exact_grads(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, size: int, mask: 
 def torchs_grads(grad: Tensor, *qkv: Tensor, size: int, mask: Tensor | None) -> tuple[Tensor, ...]:
     leaves = [x.detach().clone().requires_grad_() for x in qkv]
     return torch.autograd.grad(reference_attention(*leaves, size, mask), leaves, grad)
-
-
-def tile_maxima(error: Tensor) -> Tensor:
-    """The largest error of each tile of 128 rows of a head."""
-    return torch.stack([tile.abs().amax((1, 3)) for tile in error.split(TILE_ROWS, 1)], 1)
 
 
 def check(case: list[Tensor], size: int, mask: Tensor | None) -> tuple[Tensor, ...]:
@@ -150,7 +135,7 @@ def test_strided_inputs(name: str, dim: int) -> None:
         (grad_by_head, side_by_side[..., 0, :], side_by_side[..., 1, :], v_by_head),
         (every_other, odd_address, k, v),
     ):
-        assert all(torch.equal(a, b) for a, b in zip(by_kernel(*strided, 60, mask), expected, strict=True))
+        assert_same(by_kernel(*strided, 60, mask), expected)
 
 
 # What is not seen.
@@ -172,7 +157,7 @@ def test_what_is_not_seen_has_no_influence(name: str, size: int, dim: int) -> No
         out.masked_fill(blind, torch.nan),
     )
     found = attention_grads(grad, q, k, v, out, lse, size, mask)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert_same(found, expected)
 
 
 def test_a_nan_reaches_what_the_query_sees_and_nothing_else() -> None:
@@ -187,39 +172,13 @@ def test_a_nan_reaches_what_the_query_sees_and_nothing_else() -> None:
 # How it is called.
 
 
-@pytest.mark.parametrize("dim", DIMS)
-def test_the_same_call_gives_the_same_bits(dim: int) -> None:
-    case, mask = cuda_case(9, BATCH, GROUPS * 300, 12, dim), random_mask(1)
-    expected = by_kernel(*case, 300, mask)
-    for _ in range(5):
-        assert all(torch.equal(a, b) for a, b in zip(by_kernel(*case, 300, mask), expected, strict=True))
+class TestCall(CallTests):
+    def make(self, seed: int, batch: int, tokens: int, heads: int, dim: int) -> list[Tensor]:
+        return cuda_case(seed, batch, tokens, heads, dim)
 
-
-def test_runs_on_the_current_stream() -> None:
-    case, mask = cuda_case(10, BATCH, GROUPS * 300, 4, 128), random_mask(2)
-    expected = by_kernel(*case, 300, mask)
-    later = [torch.zeros_like(x) for x in case]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # what runs on another stream reads zeros
-        for x, y in zip(later, case, strict=True):
-            x.copy_(y)
-        found = by_kernel(*later, 300, mask)
-    stream.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def test_a_captured_graph_follows_the_mask() -> None:
-    case, mask = cuda_case(11, BATCH, GROUPS * 300, 2, 128), random_mask(3).cuda()
-    by_kernel(*case, 300, mask)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = by_kernel(*case, 300, mask)
-    for seed in (3, 4):
-        mask.copy_(random_mask(seed))
-        graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(found, by_kernel(*case, 300, mask), strict=True))
+    def run(self, given: list[Tensor], size: int, mask: Tensor | None) -> tuple[Tensor, ...]:
+        grad, q, k, v = given
+        return by_kernel(grad, q, k, v, size, mask)
 
 
 # Through autograd.
@@ -241,7 +200,7 @@ def test_autograd_and_compiled_graphs_take_the_kernels(name: str, mask_device: s
     for call in (multi_stream_attention, compiled):
         for backend in ("cuda",) if mask is None else ("cuda", "auto"):
             found = autograd(call, case, mask, backend=backend)
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            assert_same(found, expected)
     by_reference = autograd(multi_stream_attention, case, mask, backend="reference")
     plain = torchs_grads(*case, size=30, mask=mask)
     for a, b in zip(by_reference, plain, strict=True):
@@ -252,12 +211,8 @@ def test_autograd_and_compiled_graphs_take_the_kernels(name: str, mask_device: s
 def test_nothing_is_waited_for(mask_device: str) -> None:
     case, mask = cuda_case(13, BATCH, GROUPS * 30, 2, 64), random_mask(0).to(mask_device)
     autograd(multi_stream_attention, case, mask)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         autograd(multi_stream_attention, case, mask)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_other_precisions_differentiate_the_reference() -> None:

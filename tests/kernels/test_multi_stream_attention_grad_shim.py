@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
+from attention_on_shim import ORDERS, exact_lse, launch, mask_strides, plan_size
 from group_masks import GROUPS, MASKS, as_pairs, random_mask, random_qkv
-from shim_compiler import op_library
 from torch import Tensor
 
 from u4d_fast.reference import multi_stream_attention as reference_attention
 
 OP = "multi_stream_attention_grad"
-ORDERS = (0, 1)  # of the threads of a block: first to last, last to first
-TILE = 128  # rows that a block owns
 DIMS = (64, 128)
 
 
@@ -57,60 +54,25 @@ def make_case(seed: int, shape: tuple[int, int, int, int], size: int, mask: Tens
 
 def forward(q: Tensor, k: Tensor, v: Tensor, size: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """In float64, rounded: out `[B,T,heads,d]` bfloat16 and lse `[B,heads,T]` float32, -inf where nothing is seen."""
-    q, k, v = (x.double() for x in (q, k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
-    if mask is not None:
-        seen = as_pairs(mask)[: q.shape[0]].repeat_interleave(size, 1).repeat_interleave(size, 2)
-        scores = scores.masked_fill(~seen[:, None], -math.inf)
-    return reference_attention(q, k, v, size, mask).bfloat16().contiguous(), scores.logsumexp(-1).float()
+    out = reference_attention(q.double(), k.double(), v.double(), size, mask)
+    return out.bfloat16().contiguous(), exact_lse(q, k, size, mask).float()
 
 
 def differentiate(case: Case, size: int, mask: Tensor | None = None, order: int = 0, seed: int = 1) -> Gradients:
     """Run the CUDA source on the CPU; outputs start as NaN, and each plan has a guard behind it."""
     batch, tokens, heads, dim = case.q.shape
     found = Gradients(*(torch.full((batch, tokens, heads, dim), torch.nan, dtype=torch.bfloat16) for _ in range(3)))
-    mask_strides = (0, 0, 0)
-    if mask is not None:
-        mask_strides = mask.stride() if mask.ndim == 3 else (mask.stride(0), 0, mask.stride(1))
     groups, row = (1, tokens) if mask is None else (tokens // size, size)
-    sizes = [batch * plan_size(groups, row, stride != 0) for stride in mask_strides[1:]]
+    sizes = [batch * plan_size(groups, row, stride != 0) for stride in mask_strides(mask)[1:]]
     plans: list[Tensor | None] = [torch.full((size + 8,), -7, dtype=torch.int32) for size in sizes]
     facts = torch.full((batch, heads, tokens, 2), torch.nan)
     strides = [stride for x in (case.grad, case.q, case.k, case.v) for stride in x.stride()[:3]]
-    status, failure = launch(
-        [*case.tensors()],
-        [*case.q.shape, *strides, size],
-        [mask],
-        [*mask_strides],
-        [*plans, facts, found.q, found.k, found.v],
-        order=order,
-        seed=seed,
-    )
-    assert (status, failure) == (0, "")
+    masked = [size, mask, *mask_strides(mask)]
+    written = [*plans, facts, found.q, found.k, found.v]
+    assert launch(OP, [*case.tensors(), *case.q.shape, *strides, *masked, *written], order, seed) == (0, "")
     guards = [plan[size:] for plan, size in zip(plans, sizes, strict=True) if plan is not None]
     assert all((guard == -7).all() for guard in guards), "the kernel wrote past its plans"
     return found
-
-
-def launch(*arguments: list[Tensor | None] | list[int], order: int = 0, seed: int = 1) -> tuple[int, str]:
-    """Call the launcher; tensors become pointers."""
-    library = op_library(OP)
-    library.u4d_shim_failure.restype = ctypes.c_char_p
-    library.u4d_shim_last_thread_first(order)
-    library.u4d_shim_seed(seed)
-    given = [
-        ctypes.c_int64(x) if isinstance(x, int) else ctypes.c_void_p(None if x is None else x.data_ptr())
-        for group in arguments
-        for x in group
-    ]
-    status = library.multi_stream_attention_grad_cuda(ctypes.c_void_p(None), *given)
-    return status, library.u4d_shim_failure().decode()
-
-
-def plan_size(groups: int, group_size: int, by_row: bool) -> int:
-    """`attention_plan_size` of multi_stream_attention.h."""
-    rows, run = (groups, group_size) if by_row else (1, groups * group_size)
-    return 1 + 3 * rows * math.ceil(run / TILE) + rows * (1 + 2 * ((groups + 1) // 2))
 
 
 def torchs_gradients(case: Case, dtype: torch.dtype, size: int, mask: Tensor | None) -> Gradients:
@@ -238,7 +200,7 @@ def test_nothing_to_do_and_what_is_refused() -> None:
         differentiate(Case(*(cut(x) for x in full.tensors()[:5]), full.lse), 4)
     scratch: list[Tensor | None] = [torch.empty(12, 64) for _ in range(6)]
     strides = [768, 64, 64]
-    assert launch([*full.tensors()], [1, 12, 1, 32, *strides * 4, 4], [None], [0, 0, 0], scratch)[0] == -1
+    assert launch(OP, [*full.tensors(), 1, 12, 1, 32, *strides * 4, 4, None, 0, 0, 0, *scratch])[0] == -1
     odd = torch.zeros(12 * 64 + 8, dtype=torch.bfloat16)[1 : 12 * 64 + 1].view(1, 12, 1, 64)  # 2-byte aligned
     refused = replace(full, v=odd).tensors()
-    assert launch([*refused], [1, 12, 1, 64, *strides * 4, 4], [None], [0, 0, 0], scratch)[0] == 1
+    assert launch(OP, [*refused, 1, 12, 1, 64, *strides * 4, 4, None, 0, 0, 0, *scratch])[0] == 1

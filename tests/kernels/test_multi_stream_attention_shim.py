@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
-from group_masks import GROUPS, MASKS, as_pairs, random_mask, random_qkv
-from shim_compiler import op_library
+from attention_on_shim import ORDERS, bf16_qkv, exact_lse, launch, mask_strides, plan_size
+from group_masks import GROUPS, MASKS, as_pairs, random_mask
 from torch import Tensor
 
 from u4d_fast.reference import multi_stream_attention as reference_attention
 
 OP = "multi_stream_attention"
-ORDERS = (0, 1)  # of the threads of a block: first to last, last to first
-QUERY_TILE, KEY_TILE = 128, 176
+KEY_TILE = 176
 
 
 @dataclass(frozen=True)
@@ -37,70 +34,30 @@ def attend(
     lse = torch.full((batch, heads, tokens), torch.nan)
     size = plan_size(tokens // group_size, group_size, mask is not None and mask.ndim == 3)
     plan = torch.full((batch * size + 8,), -7, dtype=torch.int32)
-    mask_strides = (0, 0, 0)
-    if mask is not None:
-        mask_strides = mask.stride() if mask.ndim == 3 else (mask.stride(0), 0, mask.stride(1))
-    status, failure = launch(
-        [q, k, v],
-        [*q.shape, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], group_size],
-        [mask],
-        [*mask_strides],
-        [plan, out, lse],
-        order=order,
-        seed=seed,
-    )
-    assert (status, failure) == (0, "")
+    strides = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
+    masked = [group_size, mask, *mask_strides(mask)]
+    assert launch(OP, [q, k, v, *q.shape, *strides, *masked, plan, out, lse], order, seed) == (0, "")
     assert (plan[batch * size :] == -7).all(), "the kernel wrote past its plan"
     assert not lse.isnan().any() or q.isnan().any() or k.isnan().any()
     return Attended(out, lse)
 
 
-def launch(*arguments: list[Tensor | None] | list[int], order: int = 0, seed: int = 1) -> tuple[int, str]:
-    """Call the launcher; tensors become pointers."""
-    library = op_library(OP)
-    library.u4d_shim_failure.restype = ctypes.c_char_p
-    library.u4d_shim_last_thread_first(order)
-    library.u4d_shim_seed(seed)
-    given = [
-        ctypes.c_int64(x) if isinstance(x, int) else ctypes.c_void_p(None if x is None else x.data_ptr())
-        for group in arguments
-        for x in group
-    ]
-    status = library.multi_stream_attention_cuda(ctypes.c_void_p(None), *given)
-    return status, library.u4d_shim_failure().decode()
-
-
-def plan_size(groups: int, group_size: int, by_query: bool) -> int:
-    """`attention_plan_size` of multi_stream_attention.h."""
-    rows, run = (groups, group_size) if by_query else (1, groups * group_size)
-    tiles = rows * math.ceil(run / QUERY_TILE)
-    return 1 + 3 * tiles + rows * (1 + 2 * ((groups + 1) // 2))
-
-
 def exact_attention(q: Tensor, k: Tensor, v: Tensor, group_size: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """In float64: out `[B,T,heads,d]` and lse `[B,heads,T]`, -inf where nothing is seen."""
-    q, k, v = (x.double() for x in (q, k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
-    if mask is not None:
-        seen = as_pairs(mask)[: q.shape[0]].repeat_interleave(group_size, 1).repeat_interleave(group_size, 2)
-        scores = scores.masked_fill(~seen[:, None], -math.inf)
-    return reference_attention(q, k, v, group_size, mask), scores.logsumexp(-1)
+    out = reference_attention(q.double(), k.double(), v.double(), group_size, mask)
+    return out, exact_lse(q, k, group_size, mask)
 
 
 def assert_right(given: list[Tensor], group_size: int, mask: Tensor | None, attended: Attended) -> None:
-    exact, exact_lse = exact_attention(*given, group_size, mask)
+    exact, lse = exact_attention(*given, group_size, mask)
     plain = reference_attention(*given, group_size, mask)
     error, plain_error = attended.out.double() - exact, plain.double() - exact
     assert error.abs().max() <= 2 * plain_error.abs().max() + 1e-3
     assert error.norm() <= 2 * plain_error.norm() + 1e-3 * exact.norm()
-    blind = exact_lse.isinf()
+    blind = lse.isinf()
     assert torch.equal(attended.lse.isinf(), blind) and not (attended.lse[blind] > 0).any()
     assert not attended.out.transpose(1, 2)[blind].any()
-    torch.testing.assert_close(attended.lse.double()[~blind], exact_lse[~blind], rtol=1e-5, atol=1e-5)
-
-
-def bf16_qkv(seed: int, batch: int, tokens: int, heads: int, dim: int) -> list[Tensor]:
-    return random_qkv(seed, torch.bfloat16, (batch, tokens, heads, dim))
+    torch.testing.assert_close(attended.lse.double()[~blind], lse[~blind], rtol=1e-5, atol=1e-5)
 
 
 def in_both_orders(given: list[Tensor], group_size: int, mask: Tensor | None) -> Attended:
@@ -184,7 +141,7 @@ def test_nothing_to_do_and_what_is_refused() -> None:
     narrow = [x[..., :32] for x in given]
     sizes = [1, 12, 1, 32, *[768, 64, 64] * 3, 4]
     outputs = [torch.empty(100, dtype=torch.int32), torch.empty(12, 64), torch.empty(12)]
-    assert launch([*narrow], sizes, [None], [0, 0, 0], [*outputs])[0] == -1
+    assert launch(OP, [*narrow, *sizes, None, 0, 0, 0, *outputs])[0] == -1
     odd = torch.zeros(12 * 64 + 8, dtype=torch.bfloat16)[1 : 12 * 64 + 1].view(1, 12, 1, 64)  # 2-byte aligned
     sizes = [1, 12, 1, 64, *[768, 64, 64] * 3, 4]
-    assert launch([given[0], odd, given[2]], sizes, [None], [0, 0, 0], [*outputs])[0] == 1
+    assert launch(OP, [given[0], odd, given[2], *sizes, None, 0, 0, 0, *outputs])[0] == 1

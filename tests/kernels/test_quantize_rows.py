@@ -160,6 +160,11 @@ def test_compiles_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_compiles_to_one_call(monkeypatch, "quantize_rows", quantize_rows, make((2, 3, 8)))
 
 
+def test_no_tensor() -> None:
+    with pytest.raises(TypeError, match=r"x: expected a tensor \[\.\.\.,D\], got list"):
+        quantize_rows([1.0, 2.0])  # type: ignore[arg-type]
+
+
 def test_gradients_are_refused() -> None:
     assert_refuses_gradients(quantize_rows, make((2, 3, 8)))
 

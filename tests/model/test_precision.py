@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from model_samples import random_inputs, random_transformer, relative_error
@@ -73,6 +75,30 @@ def test_changed_weights_are_seen() -> None:
     after = model(*inputs)
     assert float(relative_error(after, random_transformer(seed=1)(*inputs))) < LARGEST_ERROR
     assert float(relative_error(before, after)) > 0.1
+
+
+@torch.no_grad()
+def test_weights_that_move_leave_nothing_behind() -> None:
+    """Under offload the transformer goes back to the CPU after each use."""
+    model, inputs = random_transformer(), random_inputs()
+    u4d_fast.accelerate(model, precision="fp8-linear")
+    layer, expected = model.blocks[0].attn1.to_q, model(*inputs)
+    kept = weakref.ref(layer.weight_in_fp8().values)
+    assert kept() is not None
+    model.to(torch.float64)
+    assert kept() is None
+    assert torch.equal(model.float()(*inputs), expected)
+
+
+@torch.no_grad()
+def test_a_compiled_layer_sees_loaded_weights() -> None:
+    layer, other = StackedLinear(2, 16, 8), StackedLinear(2, 16, 8)
+    rows = u4d_fast.quantize_rows(torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(0)))
+    layer(rows)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(rows), layer(rows))
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(compiled(rows), other(rows))
 
 
 @torch.no_grad()

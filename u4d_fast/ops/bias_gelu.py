@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from u4d_fast import backend as backends
-from u4d_fast.checks import check_floating, check_match, check_shape, describe
+from u4d_fast.checks import check_floating, check_match, check_shape, check_tensor, describe
 from u4d_fast.reference.bias_gelu import bias_gelu as reference_bias_gelu
 from u4d_fast.reference.bias_gelu import bias_gelu_grad
 
@@ -37,7 +37,7 @@ def bias_gelu(x: Tensor, bias: Tensor, *, inplace: bool = False, backend: backen
     Source:
         Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, section 2.
     """
-    _check(x, bias)
+    check_biased(x, bias)
     if inplace and torch.is_grad_enabled() and (x.requires_grad or bias.requires_grad):
         raise ValueError("inplace: expected no wanted gradient, got x or bias with requires_grad; use torch.no_grad()")
     if backends.resolve("bias_gelu", backend, x, bias, dtypes=backends.SINGLE_AND_HALF) == "reference":
@@ -49,8 +49,15 @@ def bias_gelu(x: Tensor, bias: Tensor, *, inplace: bool = False, backend: backen
     return activated
 
 
-def _check(x: Tensor, bias: Tensor) -> None:
+def check_biased(x: Tensor, bias: Tensor) -> None:
+    """Check activations `[S,...,D]` and a bias per stream `[S,D]`.
+
+    Raises:
+        ValueError: shapes disagree.
+        TypeError: a dtype is not floating.
+    """
     check_shape("bias", bias, ("S", "D"))
+    check_tensor("x", x, ("S", "...", "D"))
     if x.ndim < 3:
         raise ValueError(f"x: expected [S,...,D] with at least three dimensions, got {describe(x.shape)}")
     check_match("bias", bias, (x.shape[0], x.shape[-1]), "x", x)
@@ -60,7 +67,7 @@ def _check(x: Tensor, bias: Tensor) -> None:
 def _kernel(x: Tensor, bias: Tensor) -> Tensor:
     x = x.contiguous()
     out = _output(x)
-    _run(x, bias, out)
+    call_biased("bias_gelu", x, bias, out)
     return out
 
 
@@ -69,17 +76,18 @@ def _inplace(x: Tensor, bias: Tensor) -> None:
     if backends.resolve("bias_gelu", "auto", x, bias, dtypes=backends.SINGLE_AND_HALF) == "reference":
         reference_bias_gelu(x, bias, inplace=True)
     elif x.is_contiguous():
-        _run(x, bias, x)
+        call_biased("bias_gelu", x, bias, x)
         torch.autograd.graph.increment_version(x)  # a graph that saved x must notice
     else:
         x.copy_(_kernel(x, bias))
 
 
-def _run(x: Tensor, bias: Tensor, out: Tensor) -> None:
+def call_biased(op: str, x: Tensor, bias: Tensor, *outputs: Tensor) -> None:
+    """Run a kernel of contiguous activations and their bias, which it reads in x's dtype or else in float32."""
     bias = (bias if bias.dtype == x.dtype else bias.float()).contiguous()
-    pointers = [tensor.data_ptr() for tensor in (x, bias, out)]
+    pointers = [tensor.data_ptr() for tensor in (x, bias, *outputs)]
     dtypes = backends.DTYPE_CODES[x.dtype], backends.DTYPE_CODES[bias.dtype]
-    backends.call("bias_gelu", x.device, *pointers, *dtypes, x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+    backends.call(op, x.device, *pointers, *dtypes, x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
 def _output(x: Tensor) -> Tensor:
@@ -136,6 +144,7 @@ _launch_grad = backends.register(
     reference=_grad_reference,
     fake=_grad_fake,
     dtypes=backends.SINGLE_AND_HALF,
+    reference_backward=True,
 )
 _launch = backends.register(
     "bias_gelu",

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from u4d_fast import backend as backends
-from u4d_fast.checks import check_floating, check_match, check_shape, describe
 from u4d_fast.fp8 import Fp8Rows, new_rows, refuse_gradients
 from u4d_fast.frame_tables import resolve
+from u4d_fast.ops.bias_gelu import call_biased, check_biased
 from u4d_fast.ops.quantize_rows import MAX_WIDTH, check_rows
 from u4d_fast.reference.bias_gelu_fp8 import bias_gelu_fp8 as reference_bias_gelu_fp8
 
@@ -32,11 +30,7 @@ def bias_gelu_fp8(x: Tensor, bias: Tensor, *, backend: backends.Backend = "auto"
         Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, section 2.
     """
     check_rows("x", x)
-    if x.ndim < 3:
-        raise ValueError(f"x: expected [S,...,D] with at least three dimensions, got {describe(x.shape)}")
-    check_shape("bias", bias, ("S", "D"))
-    check_match("bias", bias, (x.shape[0], x.shape[-1]), "x", x)
-    check_floating(bias=bias)
+    check_biased(x, bias)
     refuse_gradients("bias_gelu_fp8", x=x, bias=bias)
     if resolve("bias_gelu_fp8", backend, x, bias, most=MAX_WIDTH) == "reference":
         return reference_bias_gelu_fp8(x, bias)
@@ -45,11 +39,8 @@ def bias_gelu_fp8(x: Tensor, bias: Tensor, *, backend: backends.Backend = "auto"
 
 def _kernel(x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
-    bias = (bias if bias.dtype == x.dtype else bias.float()).contiguous()
     rows = new_rows(x)
-    pointers = [tensor.data_ptr() for tensor in (x, bias, *rows)]
-    dtypes = backends.DTYPE_CODES[x.dtype], backends.DTYPE_CODES[bias.dtype]
-    backends.call("bias_gelu_fp8", x.device, *pointers, *dtypes, x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+    call_biased("bias_gelu_fp8", x, bias, *rows)
     return rows
 
 

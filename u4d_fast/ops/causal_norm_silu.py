@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from u4d_fast import backend as backends
@@ -46,8 +47,8 @@ def causal_norm_silu(
     Source:
         Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019; diffusers' autoencoder_kl_wan.py.
     """
-    check(x, gamma, bias, before)
-    if chosen(backend, x, gamma, bias, before) == "reference":
+    _check(x, gamma, bias, before)
+    if _choose(backend, x, gamma, bias, before) == "reference":
         return reference_causal_norm_silu(x, gamma, bias, before)
     normed: Tensor = _launch(x, gamma, bias, None, before)[1]
     return normed
@@ -76,16 +77,16 @@ def residual_causal_norm_silu(
         ValueError: shapes disagree, or the backend can't be had.
         TypeError: a dtype is wrong.
     """
-    check(x, gamma, bias, before)
+    _check(x, gamma, bias, before)
     check_match("update", update, x.shape, "x", x)
-    check_dtype("update", update, x)
-    if chosen(backend, x, update, gamma, bias, before) == "reference":
+    _check_dtype("update", update, x)
+    if _choose(backend, x, update, gamma, bias, before) == "reference":
         return reference_residual_causal_norm_silu(x, update, gamma, bias, before)
     total, normed = _launch(update, gamma, bias, x, before)
     return total, normed
 
 
-def check(x: Tensor, gamma: Tensor, bias: Tensor | None, before: Tensor | None) -> None:
+def _check(x: Tensor, gamma: Tensor, bias: Tensor | None, before: Tensor | None) -> None:
     """Check what both ops take.
 
     Raises:
@@ -100,16 +101,16 @@ def check(x: Tensor, gamma: Tensor, bias: Tensor | None, before: Tensor | None) 
         check_floating(bias=bias)
     if before is not None:
         check_match("before", before, (x.shape[0], FRONT, *x.shape[2:]), "x", x)
-        check_dtype("before", before, x)
+        _check_dtype("before", before, x)
 
 
-def check_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
+def _check_dtype(name: str, tensor: Tensor, x: Tensor) -> None:
     """Raise TypeError unless a tensor has x's dtype."""
     if tensor.dtype != x.dtype:
         raise TypeError(f"{name}: expected {x.dtype} like x {describe(x.shape)}, got {tensor.dtype}")
 
 
-def chosen(backend: str, *tensors: Tensor | None) -> str:
+def _choose(backend: str, *tensors: Tensor | None) -> str:
     """The implementation that a call takes."""
     given = [tensor for tensor in tensors if tensor is not None]
     return backends.resolve(OP, backend, *given, dtypes=backends.SINGLE_AND_HALF)
@@ -124,7 +125,7 @@ def _kernel(
     same = gamma.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
     tables = [None if part is None else (part if same else part.float()).contiguous() for part in (gamma, bias)]
     pointers = [0 if part is None else part.data_ptr() for part in (*rows, *tables, total, normed)]
-    dtypes = backends.DTYPE_CODES[x.dtype], backends.DTYPE_CODES[x.dtype if same else tables[0].dtype]  # type: ignore[union-attr]
+    dtypes = backends.DTYPE_CODES[x.dtype], backends.DTYPE_CODES[x.dtype if same else torch.float32]
     pixels = math.prod(x.shape[2:4])
     backends.call(OP, x.device, *pointers, *dtypes, x.shape[0], x.shape[1] * pixels, FRONT * pixels, x.shape[4])
     return outputs

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from u4d_fast import backend as backends
-from u4d_fast.checks import check_floating, check_match, check_shape, describe
+from u4d_fast.checks import check_floating, check_match, check_shape, check_tensor, describe
 from u4d_fast.fp8 import Fp8Rows, refuse_gradients
 from u4d_fast.reference.grouped_linear import grouped_linear as reference_grouped_linear
 from u4d_fast.reference.grouped_linear import grouped_linear_fp8 as reference_grouped_linear_fp8
@@ -20,7 +20,6 @@ E4M3 = torch.float8_e4m3fn
 
 # What the CUDA kernels take; csrc/kernels/grouped_linear/grouped_linear.h.
 BIAS_DTYPES = (torch.float32, torch.bfloat16)
-ALIGNMENT = 16  # bytes, of rows of x, weight and the result
 
 # Whether "auto" takes our kernels on CUDA. torch has cuBLAS' for both: not before ours have been measured to be faster.
 BF16_BY_KERNEL = False
@@ -98,7 +97,7 @@ def grouped_linear_fp8(
         return out
     if chosen == "meta":
         return x.values.new_empty(_shape(x.values, weight.values), dtype=dtype)
-    if _is_auto(backend) and takes_scaled_mm(x, weight, dtype):
+    if backends.is_auto(backend) and takes_scaled_mm(x, weight, dtype):
         return scaled_mm_by_stream(x, weight, bias, gelu)
     return reference_grouped_linear_fp8(x, weight, bias, gelu, dtype)
 
@@ -108,15 +107,11 @@ def _choose(op: str, backend: backends.Backend, tensors: list[Tensor], refused: 
     chosen = backends.resolve(op, backend, *tensors, dtypes=(E4M3, *DTYPES))
     if chosen != "cuda":
         return chosen
-    if _is_auto(backend):
+    if backends.is_auto(backend):
         return chosen if by_kernel and not refused else "reference"
     if refused:
         raise backends.BackendError(f"{op}: backend {chosen!r} cannot run: {refused}")
     return chosen
-
-
-def _is_auto(backend: str) -> bool:
-    return backend == "auto" and backends.default_backend() == "auto"
 
 
 def _shape(x: Tensor, weight: Tensor) -> tuple[int, ...]:
@@ -128,6 +123,7 @@ def _shape(x: Tensor, weight: Tensor) -> tuple[int, ...]:
 
 def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_shape("weight", weight, ("S", "N", "K"))
+    check_tensor("x", x, ("S", "...", "K"))
     if x.ndim < 3 or x.shape[-1] == 0:
         wanted = "[S,...,K] with at least three dimensions and one channel"
         raise ValueError(f"x: expected {wanted}, got {describe(x.shape)}")
@@ -187,7 +183,7 @@ def by_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Ten
         return _reference(x, weight, bias, gelu)
     out = x.new_empty(_shape(x, weight))
     if out.numel():
-        x, weight, bias = _loadable(x.flatten(1, -2)), _loadable(weight), _readable_bias(bias)
+        x, weight, bias = backends.loadable(x.flatten(1, -2)), backends.loadable(weight), _readable_bias(bias)
         pointers = (x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr())
         backends.call("grouped_linear", x.device, *pointers, *_numbers(x, weight, bias, gelu))
     return out
@@ -200,7 +196,7 @@ def fp8_by_kernel(
         return _reference_fp8(x, x_scale, weight, weight_scale, bias, gelu)
     out = x.new_empty(_shape(x, weight), dtype=torch.bfloat16)
     if out.numel():
-        x, weight, bias = _loadable(x.flatten(1, -2)), _loadable(weight), _readable_bias(bias)
+        x, weight, bias = backends.loadable(x.flatten(1, -2)), backends.loadable(weight), _readable_bias(bias)
         x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
         scaled = (x.data_ptr(), x_scale.data_ptr(), weight.data_ptr(), weight_scale.data_ptr())
         pointers = (*scaled, 0 if bias is None else bias.data_ptr(), out.data_ptr())
@@ -219,14 +215,6 @@ def _readable_bias(bias: Tensor | None) -> Tensor | None:
     if bias is None:
         return None
     return (bias if bias.dtype in BIAS_DTYPES else bias.float()).contiguous()
-
-
-def _loadable(x: Tensor) -> Tensor:
-    """The tensor, or a copy of it where the GPU's copy engine could not read it in place."""
-    in_place = x.stride(-1) == 1 and x.data_ptr() % ALIGNMENT == 0
-    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-        in_place = in_place and (size == 1 or (stride > 0 and stride * x.element_size() % ALIGNMENT == 0))
-    return x if in_place else x.clone(memory_format=torch.contiguous_format)
 
 
 def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:

@@ -12,7 +12,6 @@ from u4d_fast.attention_grads import kernel_runs, multi_stream_attention_grad
 from u4d_fast.attention_inputs import (
     KERNEL_DTYPES,
     check_attention,
-    loadable,
     mask_arguments,
     mask_on,
     new_plan,
@@ -80,13 +79,9 @@ def multi_stream_attention(
         attended = torch.ops.u4d_fast.multi_stream_attention_with_lse(q, k, v, group_size, mask)[0]
         return attended
     # A saved program chooses where it runs, unless the choice was the user's or hangs on gradients.
-    carried = "auto" if _is_auto(backend) and not (wants_grad and chosen == "reference") else chosen
+    carried = "auto" if backends.is_auto(backend) and not (wants_grad and chosen == "reference") else chosen
     attended = torch.ops.u4d_fast.multi_stream_attention(q, k, v, group_size, mask, carried)
     return attended
-
-
-def _is_auto(backend: str) -> bool:
-    return backend == "auto" and backends.default_backend() == "auto"
 
 
 def _choose(
@@ -99,7 +94,7 @@ def _choose(
     if chosen == "reference":
         return chosen
     reason = refused(q, group_size, group_mask)
-    if _is_auto(backend):
+    if backends.is_auto(backend):
         by_kernel = not reason and (group_mask is not None or (DENSE_BY_KERNEL and not wants_grad))
         return chosen if by_kernel else "reference"
     if reason:
@@ -121,7 +116,7 @@ def attention_with_lse(
         return out, lse.fill_(-torch.inf)
     mask = mask_on(q.device, group_mask)
     plan = new_plan(q, group_size, mask)
-    given = [loadable(x) for x in (q, k, v)]
+    given = [backends.loadable(x) for x in (q, k, v)]
     backends.call(
         OP,
         q.device,

@@ -59,13 +59,9 @@ def multi_stream_attention_fp8(
     chosen = _choose(q, k, v, group_size, group_mask, backend)
     mask = None if group_mask is None else group_mask.to(q.device)
     # A saved program chooses where it runs, unless the choice was the user's.
-    carried = "auto" if _is_auto(backend) else chosen
+    carried = "auto" if backends.is_auto(backend) else chosen
     attended: Tensor = torch.ops.u4d_fast.multi_stream_attention_fp8(q, k, v, group_size, mask, carried)
     return attended
-
-
-def _is_auto(backend: str) -> bool:
-    return backend == "auto" and backends.default_backend() == "auto"
 
 
 def _choose(q: Tensor, k: Tensor, v: Tensor, group_size: int, group_mask: Tensor | None, backend: str) -> str:
@@ -76,7 +72,7 @@ def _choose(q: Tensor, k: Tensor, v: Tensor, group_size: int, group_mask: Tensor
     reason = inputs.refused(q, group_size, group_mask)
     if chosen != "cuda" or not reason:
         return chosen
-    if _is_auto(backend):
+    if backends.is_auto(backend):
         return "reference"
     raise backends.BackendError(f"{OP}: backend {chosen!r} cannot run: {reason}")
 
@@ -102,7 +98,7 @@ class QuantizedForKernel:
 def quantize_for_kernel(q: Tensor, k: Tensor, v: Tensor, group_size: int, mask: Tensor | None) -> QuantizedForKernel:
     """The CUDA kernel's first step; the mask is on the GPU."""
     batch, tokens, heads, dim = q.shape
-    q, k, v = (inputs.loadable(x) for x in (q, k, v))
+    q, k, v = (backends.loadable(x) for x in (q, k, v))
     padded = -(-tokens // KEY_BLOCK) * KEY_BLOCK
     groups = 0 if mask is None else tokens // group_size
     seen = torch.empty(batch, groups, dtype=torch.uint8, device=q.device)
@@ -129,8 +125,11 @@ def quantize_for_kernel(q: Tensor, k: Tensor, v: Tensor, group_size: int, mask: 
 
 
 def attend_quantized(given: QuantizedForKernel, group_size: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The CUDA kernel's second step: the attention `[B,T,heads,d]` in bfloat16, and log(sum(exp(scores)))
-    `[B,heads,T]` in float32."""
+    """The CUDA kernel's second step.
+
+    Returns:
+        The attention `[B,T,heads,d]` in bfloat16, and log(sum(exp(scores))) `[B,heads,T]` in float32.
+    """
     out = torch.empty(given.q.shape, dtype=torch.bfloat16, device=given.q.device)
     lse = torch.empty_like(given.q_scale)
     plan = inputs.new_plan(given.q, group_size, mask)
@@ -155,7 +154,7 @@ def attention_fp8_with_lse(
     """
     if not q.numel():
         batch, tokens, heads, _ = q.shape
-        return torch.empty_like(q), q.new_full((batch, heads, tokens), -torch.inf, dtype=torch.float32)
+        return q.new_empty(q.shape), q.new_full((batch, heads, tokens), -torch.inf, dtype=torch.float32)
     mask = inputs.mask_on(q.device, group_mask)
     return attend_quantized(quantize_for_kernel(q, k, v, group_size, mask), group_size, mask)
 

@@ -160,6 +160,7 @@ _launch_grad = backends.register(
     reference=_grad_reference,
     fake=_grad_fake,
     dtypes=backends.SINGLE_AND_HALF,
+    reference_backward=True,
 )
 _launch = backends.register(
     "qk_norm_rope",

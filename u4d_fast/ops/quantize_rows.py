@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from u4d_fast import backend as backends
-from u4d_fast.checks import check_floating, describe
+from u4d_fast.checks import check_floating, check_tensor, describe
 from u4d_fast.fp8 import Fp8Rows, new_rows, refuse_gradients
 from u4d_fast.frame_tables import resolve
 from u4d_fast.reference.quantize_rows import quantize_rows as reference_quantize_rows
@@ -48,8 +48,9 @@ def check_rows(name: str, x: Tensor) -> None:
 
     Raises:
         ValueError: it has no columns.
-        TypeError: it is float8 already, or not floating.
+        TypeError: it is no tensor, float8 already, or not floating.
     """
+    check_tensor(name, x, ("...", "D"))
     check_floating(**{name: x})
     if x.dtype.itemsize == 1:
         raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {x.dtype}")

@@ -16,6 +16,7 @@
 namespace u4d {
 
 constexpr float kLargestE4m3 = 448.0f;
+constexpr float kSmallestScale = 0x1p-126f;  // the smallest normal float: the inverse is one too
 
 struct E4m3 {
   std::uint8_t bits;
@@ -44,14 +45,14 @@ U4D_HD std::uint32_t magnitude_bits(float value) {
   return half_types_detail::bit_cast<std::uint32_t>(value) & 0x7fffffffu;
 }
 
-// The scale of a row whose largest magnitude has these bits: that magnitude over 448, in normal numbers so that its
-// inverse is one too; 1 for a row of zeros, NaN for one with NaN or infinity in it.
+// The scale of a row whose largest magnitude has these bits: that magnitude over 448, at least kSmallestScale; 1 for a
+// row of zeros, NaN for one with NaN or infinity in it.
 U4D_HD float scale_of_row(std::uint32_t largest) {
   using half_types_detail::bit_cast;
   if (largest == 0) return 1.0f;
   if (largest >= 0x7f800000u) return bit_cast<float>(0x7fc00000u);
   const float scale = bit_cast<float>(largest) / kLargestE4m3;
-  return scale > 0x1p-126f ? scale : 0x1p-126f;
+  return scale > kSmallestScale ? scale : kSmallestScale;
 }
 
 }  // namespace u4d

@@ -17,11 +17,6 @@ constexpr int kLeadBarrier = kPartBarrier + kConsumers;
 
 __device__ __forceinline__ int thread_of_consumer() { return static_cast<int>(threadIdx.x) % hopper::kWarpgroup; }
 
-// One arrival for each warp.
-__device__ __forceinline__ void release(uint64_t* empty) {
-  if (threadIdx.x % kWarp == 0) hopper::barrier_arrive(empty);
-}
-
 // Issues the products of a stage as one group. `lead`: the stages after which consumer 1 may begin; 0: it has begun.
 template <class Product>
 __device__ __forceinline__ void multiply_stage(uint64_t x, uint64_t weight, int accumulate, int& lead,

@@ -3,6 +3,7 @@
 
 #include "kernels/common/hopper.h"
 #include "kernels/common/launch.h"
+#include "kernels/common/stages.h"
 #include "kernels/common/tensor_map.h"
 
 namespace u4d::linear {
@@ -109,9 +110,7 @@ struct Memory {
 
   unsigned char* base;
 
-  // The offset and not the pointer is rounded up: the compiler goes on knowing that this is shared memory.
-  __device__ __forceinline__ explicit Memory(unsigned char* dynamic)
-      : base(dynamic + (kAlignment - hopper::shared_address(dynamic) % kAlignment) % kAlignment) {}
+  __device__ __forceinline__ explicit Memory(unsigned char* dynamic) : base(aligned_shared<kAlignment>(dynamic)) {}
 
   __device__ __forceinline__ unsigned char* x(int stage) const { return base + stage * kStageBytes; }
   __device__ __forceinline__ unsigned char* weight(int stage) const { return x(stage) + kXBytes; }
@@ -135,19 +134,6 @@ struct Memory {
       hopper::barrier_init(empty(stage), kConsumers * hopper::kWarpgroup / kWarp);
     }
     hopper::fence_barrier_init();
-  }
-};
-
-// A place in the ring of stages; the parity is that of the barriers' phase.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  unsigned parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage < kStages) return;
-    stage = 0;
-    parity ^= 1;
   }
 };
 

@@ -3,9 +3,8 @@
 //   q, k, v     bfloat16 [batch, tokens, heads, head_dim], head_dim 64 or 128, neighbouring channels side by side;
 //               addresses and the strides of clips, tokens and heads (in elements) are multiples of 16 bytes
 //   group_size  tokens in a group; tokens is a multiple of it
-//   mask        bytes, not 0: seen; [batch, groups, groups] (query group, key group) with any strides, a query stride
-//   of
-//               0: all queries see the same keys; null: all see all
+//   mask        bytes, not 0: seen; [batch, groups, groups] (query group, key group) with any strides; with a query
+//               stride of 0 all queries see the same keys; null: all see all
 //   plan        int32 [batch, attention_plan_size(...)], scratch; the mask is read on the GPU, not on the host
 //   out         bfloat16 [batch, tokens, heads, head_dim], contiguous
 //   lse         float32 [batch, heads, tokens]: log(sum(exp(score))), what a backward pass needs

@@ -30,9 +30,7 @@ struct TileMemory {
 
   unsigned char* base;
 
-  // The offset and not the pointer is rounded up: the compiler goes on knowing that this is shared memory.
-  __device__ __forceinline__ explicit TileMemory(unsigned char* dynamic)
-      : base(dynamic + (kAlignment - hopper::shared_address(dynamic) % kAlignment) % kAlignment) {}
+  __device__ __forceinline__ explicit TileMemory(unsigned char* dynamic) : base(aligned_shared<kAlignment>(dynamic)) {}
 
   __device__ __forceinline__ unsigned char* queries() const { return base; }
   __device__ __forceinline__ unsigned char* keys(int stage) const { return base + kQueryBytes + stage * kKeyBytes; }

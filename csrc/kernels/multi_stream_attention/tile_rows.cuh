@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/common/hopper.h"
+#include "kernels/common/stages.h"
 #include "kernels/common/tensor_map.h"
 #include "kernels/multi_stream_attention/plan.cuh"
 
@@ -16,19 +17,6 @@ constexpr int kRowBytes = 128;
 constexpr unsigned kEightRows = 8 * kRowBytes;
 constexpr int kStep = 16;  // of the inner dimension, one instruction
 
-// A place in the ring of stages; the parity is that of the barriers' phase.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  unsigned parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage < kStages) return;
-    stage = 0;
-    parity ^= 1;
-  }
-};
-
 template <int kDim>
 __device__ __forceinline__ void load_rows(unsigned char* shared, int block_bytes, const CUtensorMap* map,
                                           uint64_t* full, int head, int row, int clip) {
@@ -36,11 +24,6 @@ __device__ __forceinline__ void load_rows(unsigned char* shared, int block_bytes
   for (int block = 0; block < kDim / kChannelBlock; ++block) {
     hopper::tma_load_4d(shared + block * block_bytes, map, full, block * kChannelBlock, head, row, clip);
   }
-}
-
-// One arrival for each warp.
-__device__ __forceinline__ void release(uint64_t* empty) {
-  if (threadIdx.x % kWarp == 0) hopper::barrier_arrive(empty);
 }
 
 // Rows from `count` on belong to groups that are not seen. Their weight is 0, but 0 * NaN is NaN. Each consumer clears

@@ -78,7 +78,9 @@ struct E4m3Products {
       // Rows that are not the tile's give results that nobody stores.
       const int token = tile.first + tile_row(consumer, half);
       const float row_scale = token < problem.tokens ? problem.q_scale[head * problem.tokens + token] : 1.0f;
-      scale[half] = problem.scale * problem.head_scales[head].key * row_scale;
+      const float product = problem.scale * problem.head_scales[head].key * row_scale;
+      // Never 0, which a product of small scales may be: hidden scores are -inf, and 0 * inf is NaN.
+      scale[half] = product < kSmallestScale ? kSmallestScale : product;
     }
   }
 

@@ -46,9 +46,7 @@ struct GradMemory {
 
   unsigned char* base;
 
-  // The offset and not the pointer is rounded up: the compiler goes on knowing that this is shared memory.
-  __device__ __forceinline__ explicit GradMemory(unsigned char* dynamic)
-      : base(dynamic + (kAlignment - hopper::shared_address(dynamic) % kAlignment) % kAlignment) {}
+  __device__ __forceinline__ explicit GradMemory(unsigned char* dynamic) : base(aligned_shared<kAlignment>(dynamic)) {}
 
   __device__ __forceinline__ unsigned char* own(int which) const { return base + which * kOwnBytes; }
   __device__ __forceinline__ unsigned char* met(int stage, int which) const {

@@ -2,9 +2,8 @@
 //
 // Arguments of both launchers:
 //   x, weight, cos, sin  those of qk_norm_rope (kernels/qk_norm_rope/)
-//   values               [batch, streams * tokens, heads, head_dim], contiguous, and
-//   scale                [batch, streams * tokens, heads] float32, as quantize_rows writes them
-//   (kernels/quantize_rows/)
+//   values  [batch, streams * tokens, heads, head_dim], contiguous, and
+//   scale   [batch, streams * tokens, heads] float32, as quantize_rows writes them (kernels/quantize_rows/)
 //
 // Any alignment is right; the CUDA kernel is fast where rows begin at multiples of 16 bytes and a head is 1, 2, 4, ...
 // or 32 times 16 bytes of x. Arithmetic is float32, and its result is quantised as it is, without a rounding between.

@@ -86,9 +86,9 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.what not in MEASURED:
         raise UserError(f"WHAT: expected one of {', '.join(MEASURED)}, got {args.what!r}")
-    for name in OPS_ONLY if args.what == "attention" else ATTENTION_ONLY:
+    others, owner = (OPS_ONLY, "ops") if args.what == "attention" else (ATTENTION_ONLY, "attention")
+    for name in others:
         if getattr(args, name):
-            owner = "ops" if args.what == "attention" else "attention"
             raise UserError(f"--{name.replace('_', '-')}: expected it with '{owner}', got it with {args.what!r}")
     device = torch_device(args.device)
     use_all_cores()
@@ -123,19 +123,20 @@ def bench_ops(args: argparse.Namespace, device: str) -> None:
     from u4d.commands.op_times import as_json, measure_ops, report
     from u4d_fast.attention_table import device_name
 
-    for name in args.op or ():
-        if name not in CASES:
-            raise UserError(f"--op: expected one of {', '.join(CASES)}, got {name!r}")
-    sizes, name = op_sizes(args, device), device_name(torch.device(device))
+    ops = args.op or list(CASES)
+    for op in ops:
+        if op not in CASES:
+            raise UserError(f"--op: expected one of {', '.join(CASES)}, got {op!r}")
+    sizes, machine = op_sizes(args, device), device_name(torch.device(device))
     with Bars("op") as bars:
         timed = measure_ops(
-            args.op or list(CASES),
+            ops,
             sizes,
             args.repeats,
             lambda op, done, total: bars("ops", done, total),
             compiled=not args.no_compile,
         )
-    print(json.dumps(as_json(sizes, timed, name), indent=1) if args.json else report(sizes, timed, name))
+    print(json.dumps(as_json(sizes, timed, machine), indent=1) if args.json else report(sizes, timed, machine))
 
 
 def op_sizes(args: argparse.Namespace, device: str) -> Sizes:

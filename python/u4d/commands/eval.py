@@ -110,7 +110,7 @@ def measure(
     seen: list[Scene] = []
     with Bars("clip") as bars:
         model = evaluate(
-            GivesUp(pipe) if cuts else pipe,
+            WithHalving(pipe) if cuts else pipe,
             first_clips(scenes, args.clips, seen),
             observe=observe,
             steps=steps,
@@ -134,7 +134,7 @@ def measure(
 
 
 @dataclass(frozen=True, eq=False)
-class GivesUp:
+class WithHalving:
     """A pipeline that gives candidates up between steps."""
 
     pipe: Pipeline

@@ -17,7 +17,8 @@ from u4d_fast.time_layout import latent_frames
 STREAMS = 4
 TOKEN_PIXELS = 16  # a patch is 2x2 latent cells
 ANCHORS = 8
-DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPE_NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+VAE_WIDTH = 192  # of Wan's VAE where pictures have half their size
 
 Clip = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """rgb [B,N,3,H,W], depth [B,N,H,W], intrinsics, cam_to_world, and pairs [M,2] of the clip's frames."""
@@ -93,6 +94,17 @@ class Sizes:
         generator = torch.Generator().manual_seed(3)
         drawn = torch.randn(STREAMS, outputs, inputs, generator=generator) / math.sqrt(inputs)
         return drawn.to(self.device, self.dtype)
+
+    def features(self, count: int) -> list[Tensor]:
+        """Features of the VAE at half the pictures' size, channels last: [B,N,H/2,W/2,C]."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.batch, self.num_frames, *(size // 2 for size in self.image_size), VAE_WIDTH)
+        return [torch.randn(shape, generator=generator).to(self.device, self.dtype) for _ in range(count)]
+
+    def channel_scales(self) -> list[Tensor]:
+        """Scale and bias of the VAE's channels: [C] each."""
+        generator = torch.Generator().manual_seed(1)
+        return [torch.rand(VAE_WIDTH, generator=generator).to(self.device, self.dtype) for _ in range(2)]
 
     def qkv(self) -> list[Tensor]:
         """Queries, keys and values of a clip's tokens: [B,T,heads,d]."""
@@ -206,6 +218,10 @@ def _warped(sizes: Sizes) -> tuple[Any, ...]:
     return wavy_clip(sizes.batch, *sizes.image_size, sizes.device)
 
 
+def _filmed(features: int) -> Callable[[Sizes], tuple[Any, ...]]:
+    return lambda sizes: (*sizes.features(features), *sizes.channel_scales())
+
+
 def _rows(activations: int, tables: int) -> Callable[[Sizes], tuple[Any, ...]]:
     return lambda sizes: (*sizes.activations(activations), *sizes.tables(tables))
 
@@ -223,6 +239,8 @@ CASES: dict[str, OpCase] = {
     "gated_residual": OpCase("gated_residual", _rows(2, 1)),
     "gated_residual_norm": OpCase("gated_residual_norm", _rows(2, 3)),
     "bias_gelu": OpCase("bias_gelu", _biased),
+    "causal_norm_silu": OpCase("causal_norm_silu", _filmed(1)),
+    "residual_causal_norm_silu": OpCase("causal_norm_silu", _filmed(2)),
     "grouped_linear": OpCase("grouped_linear", _linear),
     "grouped_linear_fp8": OpCase("grouped_linear", _linear_fp8, "grouped_linear", _linear),
     "multi_stream_attention_fp8": OpCase("multi_stream_attention_fp8", _attended, "multi_stream_attention"),

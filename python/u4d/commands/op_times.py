@@ -54,6 +54,8 @@ def measure_ops(names: list[str], sizes: Sizes, repeats: int, progress: Progress
                 timed.append(measure_op(name, CASES[name], sizes, repeats, compiled=compiled))
         except Exception as error:  # an op that can't run on this machine is a line of the table, not the end of it
             timed.append(OpTimes(name, reason=first_line(error)))
+        if timed[-1].reason:  # it may have been too large for the memory; only here nothing holds what it had made
+            torch.cuda.empty_cache()
     progress("done", len(names), len(names))
     return timed
 
@@ -78,8 +80,8 @@ def measure_op(name: str, case: OpCase, sizes: Sizes, repeats: int, *, compiled:
     if compiled and case.compiled:
         try:
             compiled_ms = time_calls(partial(torch.compile(eager, dynamic=False), *given), repeats, device)
-        except Exception as error_:  # no compiler on this machine, say
-            why = first_line(error_)
+        except Exception as problem:  # no compiler on this machine, say
+            why = first_line(problem)
     return OpTimes(name, kernel_ms, eager_ms, compiled_ms, error, compiled_reason=why)
 
 

@@ -7,6 +7,8 @@ that a linear layer is one batched product over the streams. Activations are `[S
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +47,11 @@ class StackedLinear(nn.Module):
 
     @torch.no_grad()
     def weight_in_fp8(self) -> Fp8Rows:
-        """The weight as fp8 rows, one scale per output channel; kept until the weight changes or moves."""
+        """The weight as fp8 rows, one scale per output channel; kept until the weight changes or moves.
+
+        A compiled program takes what is kept as it is. It sees that a weight was loaded or moved, and not what else was
+        written into it: `forget_fp8` then.
+        """
         if torch.compiler.is_compiling():  # a trace sees neither addresses nor versions
             return u4d_fast.quantize_rows(self.weight) if self._in_fp8 is None else self._in_fp8[1]
         weight = self.weight
@@ -57,6 +63,16 @@ class StackedLinear(nn.Module):
     def forget_fp8(self) -> None:
         """Give the memory of the weight's fp8 form back."""
         self._in_fp8 = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts: under offload the fp8 form must not stay on the GPU when the weight leaves it."""
+        self.forget_fp8()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *given: Any) -> None:
+        self.forget_fp8()
+        super()._load_from_state_dict(*given)
 
 
 class StackedRMSNorm(nn.Module):
