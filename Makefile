@@ -109,9 +109,10 @@ $(addprefix gpu-,$(GPU_PARTS)): gpu-%:
 GPU_TESTS ?= tests/kernels
 GPU_TOOLS ?= memcheck racecheck synccheck
 
+# Graphs can't be recorded without the caching allocator, which would hide what memcheck looks for.
 gpu-sanitize:
 	U4D_CUDA=1 $(GPU_PYTHON) setup.py -q build_ext --inplace
 	for tool in $(GPU_TOOLS); do \
 	  PYTHONPATH=.:python PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	    $(GPU_PYTHON) -m pytest -q -m gpu $(GPU_TESTS); \
+	    $(GPU_PYTHON) -m pytest -q -m gpu -k "not graph" $(GPU_TESTS); \
 	done

@@ -67,6 +67,7 @@ def test_fp8_is_near_what_was_quantised() -> None:
     assert (found - expected).norm() <= 0.05 * expected.norm()
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch 2.11 takes scales of rows on GPUs only")
 @pytest.mark.parametrize("with_gelu", [False, True])
 def test_torchs_scaled_product_is_the_same(with_gelu: bool) -> None:
     """torch has it on CPUs too; it adds the bias to what it has rounded."""
