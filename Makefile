@@ -19,6 +19,9 @@ export U4D_REQUIRE_KERNELS ?= 1
 KERNEL_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 CORES := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+# Files of tests side by side; a worker takes about 1 GiB.
+WORKERS ?= $(shell echo $$(( $(CORES) < 8 ? $(CORES) : 8 )))
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 .PHONY: help demo test test-fast lint bench clean setup setup-dev
 
@@ -29,10 +32,10 @@ demo: setup
 	$(BIN)/u4d demo $(if $(CLIP),--clip "$(CLIP)")
 
 test: setup-dev
-	OMP_NUM_THREADS=$(CORES) $(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-fast: setup-dev
-	OMP_NUM_THREADS=$(CORES) $(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: setup-dev
 	$(BIN)/ruff check .

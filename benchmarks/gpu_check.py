@@ -213,6 +213,7 @@ def main() -> int:
     unknown = [part for part in options.parts if part not in PARTS]
     if unknown:
         parser.error(f"PART: expected one of {', '.join(PARTS)}, got {unknown[0]!r}")
+    gpu_steps.hear_interrupts()
     begin = time.monotonic()
     shutil.rmtree(gpu_steps.LOGS, ignore_errors=True)
     failed = run_parts(options.parts or list(PARTS), options.device, options.wheels, options.limit)

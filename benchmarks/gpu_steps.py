@@ -70,6 +70,12 @@ def run_step(step: Step, seconds: float, output: IO[bytes] | None = None) -> str
     return "" if code in step.fine else f"exit code {code}"
 
 
+def hear_interrupts() -> None:
+    """Let steps be asked to end also where this is a shell's background job, which ignores SIGINT as its children do."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End a step and what it started (compilers, workers): its session. Asked first, pytest tells what has failed."""
     process.send_signal(signal.SIGINT)

@@ -18,7 +18,9 @@ NO_WHEELS = Path("nowhere")
 @pytest.fixture
 def gpu_check(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    return importlib.import_module("gpu_check")
+    module = importlib.import_module("gpu_check")
+    module.gpu_steps.hear_interrupts()
+    return module
 
 
 def python(gpu_check, name: str, code: str, limit: float = 60.0, **settings: object):
