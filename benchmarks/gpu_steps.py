@@ -71,7 +71,7 @@ def run_step(step: Step, seconds: float, output: IO[bytes] | None = None) -> str
 
 
 def hear_interrupts() -> None:
-    """Let steps be asked to end also where this is a shell's background job, which ignores SIGINT as its children do."""
+    """Let steps be asked to end also in a shell's background job, which ignores SIGINT as its children do."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
